@@ -1,0 +1,162 @@
+//! How the control plane talks to a client's fault thread: commands through a queue, an eventfd that wakes the
+//! thread, answers through one-shot channels.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::thread::JoinHandle;
+
+use fmalloc_proto::messages::{Advice, Failure, RegionRange, RegionRow};
+use fmalloc_proto::ring::Layout;
+use nix::sys::eventfd::EventFd;
+use tokio::sync::oneshot;
+
+use super::stats::SharedStats;
+use crate::swap::Swap;
+
+/// An answer that the control plane awaits.
+pub type Answer<T> = oneshot::Sender<Result<T, Failure>>;
+
+/// What a fault thread is asked to do.
+#[derive(Debug)]
+pub enum Command {
+    /// Registers a range with the client's userfaultfd and puts it under paging. Answers with the region's number.
+    Register {
+        /// Address in the client.
+        addr: u64,
+        /// Length in bytes.
+        len: u64,
+        /// Claim swap for all of it now.
+        commit: bool,
+        /// Shown by `fmallocctl`.
+        label: String,
+        /// Region number.
+        answer: Answer<u32>,
+    },
+    /// Claims swap for a part.
+    Commit {
+        /// The part.
+        range: RegionRange,
+        /// Done.
+        answer: Answer<()>,
+    },
+    /// Gives the claim of a part back.
+    Decommit {
+        /// The part.
+        range: RegionRange,
+        /// Done.
+        answer: Answer<()>,
+    },
+    /// Ends paging of a region.
+    Unregister {
+        /// The region.
+        region: u32,
+        /// Sent when no eviction or I/O touches it any more.
+        answer: Answer<()>,
+    },
+    /// A hint.
+    Advise {
+        /// The part.
+        range: RegionRange,
+        /// The hint.
+        advice: Advice,
+        /// Taken note of.
+        answer: Answer<()>,
+    },
+    /// Changes the budget; the pool's books are the control plane's.
+    SetBudget {
+        /// Bytes.
+        bytes: u64,
+        /// Sent when the client is within it, or when it cannot get there for now.
+        answer: Answer<()>,
+    },
+    /// Evicts; answers with the bytes that left RAM.
+    Evict {
+        /// Only this region.
+        region: Option<u32>,
+        /// At most so many pages.
+        pages: u64,
+        /// Bytes evicted.
+        answer: Answer<u64>,
+    },
+    /// Rows for `fmallocctl regions`, at most [`fmalloc_proto::limits::MAX_ROWS`], and whether there are more.
+    Regions {
+        /// First region number of interest.
+        from: u32,
+        /// Rows.
+        answer: Answer<(Vec<RegionRow>, bool)>,
+    },
+    /// The agent's socket has closed. Slots are kept until the process is known to be gone.
+    AgentGone,
+    /// The process has ended: finish I/O in flight, give back slots and claims, end the thread.
+    Stop,
+}
+
+/// What a fault thread starts with.
+#[derive(Debug)]
+pub struct Setup {
+    /// The client's number, for logs.
+    pub client: u64,
+    /// Process id, for logs.
+    pub pid: u32,
+    /// The agent's thread id as the client's namespace sees it.
+    pub agent_tid: u32,
+    /// Budget in bytes.
+    pub budget: u64,
+    /// The client's userfaultfd, checked to be one, API handshake not yet done.
+    pub uffd: OwnedFd,
+    /// The ring's memfd.
+    pub ring: OwnedFd,
+    /// Layout of the ring.
+    pub layout: Layout,
+    /// Wakes the agent.
+    pub agent_doorbell: EventFd,
+    /// The agent wakes this thread.
+    pub daemon_doorbell: EventFd,
+    /// The swap file.
+    pub swap: Arc<Swap>,
+    /// Which optional features of the system may be used.
+    pub features: Features,
+}
+
+/// Optional features of the system; each can be switched off for tests and diagnosis.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Features {
+    /// io_uring for swap I/O.
+    pub io_uring: bool,
+    /// UFFDIO_POISON.
+    pub poison: bool,
+}
+
+/// The control plane's end of a fault thread.
+#[derive(Debug)]
+pub struct Handle {
+    commands: Sender<Command>,
+    wake: Arc<EventFd>,
+    /// Figures, readable at any time.
+    pub stats: Arc<SharedStats>,
+    /// Ends after [`Command::Stop`], or by itself when the client's address space is gone.
+    pub thread: Option<JoinHandle<()>>,
+    /// The kernel lets the daemon poison this client's pages.
+    pub poison: bool,
+}
+
+impl Handle {
+    /// Wires up a handle; used by the fault thread's `spawn`.
+    pub(super) fn new(stats: Arc<SharedStats>, poison: bool) -> nix::Result<(Self, Receiver<Command>, Arc<EventFd>)> {
+        use nix::sys::eventfd::EfdFlags;
+        let wake = Arc::new(EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?);
+        let (commands, receiver) = channel();
+        let handle = Self { commands, wake: Arc::clone(&wake), stats, thread: None, poison };
+        Ok((handle, receiver, wake))
+    }
+
+    /// Queues a command. If the thread has ended the command is dropped, and with it its answer's sender: the receiver
+    /// of the answer sees that at once.
+    pub fn send(&self, command: Command) {
+        if self.commands.send(command).is_ok() {
+            // A full eventfd counter is a wake-up too.
+            let _ = nix::unistd::write(self.wake.as_fd(), &1_u64.to_ne_bytes());
+        }
+    }
+}

@@ -1,0 +1,8 @@
+//! The fault threads: one per client process, each with its own reactor, so that no client can delay another.
+
+pub mod handle;
+pub mod stats;
+pub mod thread;
+
+pub use handle::{Command, Features, Handle, Setup};
+pub use thread::spawn;

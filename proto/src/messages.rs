@@ -1,0 +1,454 @@
+//! The messages, numbered. A number is never used again for something else.
+//!
+//! Requests go from a client (or `fmallocctl`) to the daemon, each with an id that the reply repeats.
+//! Replies with id 0 are notices that nobody asked for.
+
+use serde::{Deserialize, Serialize};
+
+use crate::codec::{self, CodecError, Message};
+
+/// Declares a numbered message enum: encoding, decoding and the number come from one table.
+macro_rules! numbered {
+    ($(#[$meta:meta])* $name:ident { $($(#[$vmeta:meta])* $number:literal $variant:ident($body:ty),)* }) => {
+        $(#[$meta])*
+        #[derive(Debug, Clone, PartialEq)]
+        pub enum $name { $($(#[$vmeta])* $variant($body),)* }
+
+        impl $name {
+            /// Every number of this enum, in order.
+            pub const NUMBERS: &[u16] = &[$($number),*];
+        }
+
+        impl Message for $name {
+            fn number(&self) -> u16 {
+                match self { $(Self::$variant(_) => $number,)* }
+            }
+            fn encode_body(&self, out: &mut Vec<u8>) -> Result<(), CodecError> {
+                match self { $(Self::$variant(body) => codec::encode_body(body, out),)* }
+            }
+            fn decode_body(number: u16, bytes: &[u8]) -> Result<Self, CodecError> {
+                match number {
+                    $($number => codec::decode_body::<$body>(bytes).map(Self::$variant),)*
+                    other => Err(CodecError::UnknownNumber(other)),
+                }
+            }
+        }
+    };
+}
+
+numbered! {
+    /// What a peer may ask of the daemon. 1–31: paging clients. 32–63: control.
+    Request {
+        /// First request of a paging client: name, budget. Answered by [`Reply::Opened`].
+        1 Open(Open),
+        /// Hands over the userfaultfd (one fd). Answered by [`Reply::Attached`].
+        2 Attach(Attach),
+        /// Puts a mapped range under paging. Answered by [`Reply::Registered`].
+        3 Register(Register),
+        /// Claims swap for a part of a sparse region. Answered by [`Reply::Done`].
+        4 Commit(RegionRange),
+        /// Gives the claim of a part back; its pages must have been discarded by the caller.
+        5 Decommit(RegionRange),
+        /// Ends paging of a region; its pages are gone. Answered by [`Reply::Done`] when no eviction touches it.
+        6 Unregister(RegionId),
+        /// A hint about a range. Answered by [`Reply::Done`] at once; the work goes on behind it.
+        7 Advise(Advise),
+        /// Statistics of this client. Answered by [`Reply::Stats`].
+        8 Stats(Empty),
+        /// Changes this client's own budget, within what the daemon allows. Answered by [`Reply::Budget`].
+        9 SetBudget(Budget),
+        /// Orderly end; refused while regions are registered. Answered by [`Reply::Done`].
+        10 Goodbye(Empty),
+        /// Answered by [`Reply::Done`]: shows that the control plane lives.
+        11 Ping(Empty),
+
+        /// The daemon's state. Answered by [`Reply::Status`].
+        32 Status(Empty),
+        /// A page of the list of clients. Answered by [`Reply::Clients`].
+        33 Clients(Page),
+        /// A page of the list of regions. Answered by [`Reply::Regions`].
+        34 Regions(RegionsQuery),
+        /// Changes a client's budget. Answered by [`Reply::Budget`].
+        35 Limit(Limit),
+        /// Evicts from a client or region. Answered by [`Reply::Evicted`] when that much is out.
+        36 Evict(Evict),
+    }
+}
+
+numbered! {
+    /// What the daemon answers.
+    Reply {
+        /// The request was refused; nothing has changed.
+        1 Error(Failure),
+        /// Done, nothing to add.
+        2 Done(Empty),
+        /// Answer to [`Request::Open`]; carries fds, see [`Opened`].
+        3 Opened(Opened),
+        /// Answer to [`Request::Attach`].
+        4 Attached(Attached),
+        /// Answer to [`Request::Register`].
+        5 Registered(Registered),
+        /// Answer to [`Request::Stats`].
+        6 Stats(ClientStats),
+        /// Answer to [`Request::SetBudget`] and [`Request::Limit`]; also a notice when another changed it.
+        7 Budget(Budget),
+        /// Answer to [`Request::Status`].
+        32 Status(Box<Status>),
+        /// Answer to [`Request::Clients`].
+        33 Clients(ClientList),
+        /// Answer to [`Request::Regions`].
+        34 Regions(RegionList),
+        /// Answer to [`Request::Evict`].
+        35 Evicted(Evicted),
+    }
+}
+
+impl Request {
+    /// File descriptors that must come with this message, neither more nor fewer.
+    #[must_use]
+    pub fn fd_count(&self) -> usize {
+        usize::from(matches!(self, Self::Attach(_)))
+    }
+}
+
+impl Reply {
+    /// File descriptors that must come with this message, neither more nor fewer.
+    #[must_use]
+    pub fn fd_count(&self) -> usize {
+        match self {
+            Self::Opened(opened) => 3 + usize::from(opened.device),
+            _ => 0,
+        }
+    }
+}
+
+/// No fields.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Empty {}
+
+/// Body of [`Request::Open`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Open {
+    /// Shown by `fmallocctl`; at most [`crate::limits::MAX_NAME`] bytes, no control characters.
+    pub name: String,
+    /// Wanted budget in bytes; 0 asks for the daemon's default.
+    pub budget: u64,
+    /// The client accepts a userfaultfd that cannot serve system calls.
+    pub user_mode_only: bool,
+}
+
+/// Body of [`Reply::Opened`]. Fds, in this order: the ring's memfd, the eventfd that wakes the agent, the eventfd
+/// that wakes the daemon, and, if `device` is set, an open `/dev/userfaultfd`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Opened {
+    /// The client's number in this daemon's life.
+    pub client: u64,
+    /// Granted budget in bytes.
+    pub budget: u64,
+    /// Batches in the ring.
+    pub ring_batches: u32,
+    /// Pages in a batch of the ring.
+    pub ring_batch_pages: u32,
+    /// A `/dev/userfaultfd` comes along; otherwise the client uses the system call.
+    pub device: bool,
+}
+
+/// Body of [`Request::Attach`]. Fd: the client's userfaultfd, API handshake not yet done.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Attach {
+    /// Thread id of the agent in the client's pid namespace, as `gettid` gives it.
+    pub agent_tid: u32,
+}
+
+/// Body of [`Reply::Attached`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Attached {
+    /// The daemon can poison pages; otherwise it asks the agent to take access away.
+    pub poison: bool,
+}
+
+/// Body of [`Request::Register`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Register {
+    /// Start of the mapping in the client; page aligned.
+    pub addr: u64,
+    /// Length in bytes; whole pages.
+    pub len: u64,
+    /// Claims swap for the whole region now; otherwise ranges are claimed by [`Request::Commit`].
+    pub commit: bool,
+    /// Shown by `fmallocctl`; at most [`crate::limits::MAX_NAME`] bytes.
+    pub label: String,
+}
+
+/// Body of [`Reply::Registered`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Registered {
+    /// The region's number within this client.
+    pub region: u32,
+}
+
+/// A region by number.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RegionId {
+    /// The region's number within its client.
+    pub region: u32,
+}
+
+/// A part of a region, in bytes; whole pages.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RegionRange {
+    /// The region's number within this client.
+    pub region: u32,
+    /// Bytes from the region's start.
+    pub offset: u64,
+    /// Length in bytes.
+    pub len: u64,
+}
+
+/// Hints that a client gives about a range.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Advice {
+    /// No special pattern.
+    Normal,
+    /// Will be read from front to back.
+    Sequential,
+    /// Will be read at random: no readahead.
+    Random,
+    /// Will be needed soon: read it in.
+    WillNeed,
+    /// Will not be needed soon: evict it; its content stays.
+    Cold,
+}
+
+/// Body of [`Request::Advise`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Advise {
+    /// Where.
+    pub range: RegionRange,
+    /// What.
+    pub advice: Advice,
+}
+
+/// A budget in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Budget {
+    /// Bytes.
+    pub bytes: u64,
+}
+
+/// Asks for rows after the one with this number; 0 starts at the first.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Page {
+    /// The last row already seen.
+    pub after: u64,
+}
+
+/// Body of [`Request::Regions`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RegionsQuery {
+    /// The client whose regions are meant.
+    pub client: u64,
+    /// The last region already seen, plus one; 0 starts at the first.
+    pub from: u32,
+}
+
+/// Body of [`Request::Limit`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Limit {
+    /// The client.
+    pub client: u64,
+    /// New budget in bytes.
+    pub bytes: u64,
+}
+
+/// Body of [`Request::Evict`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Evict {
+    /// The client.
+    pub client: u64,
+    /// Only this region of it.
+    pub region: Option<u32>,
+    /// At most so many bytes; none means all.
+    pub bytes: Option<u64>,
+}
+
+/// Body of [`Reply::Evicted`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Evicted {
+    /// Bytes that left RAM.
+    pub bytes: u64,
+}
+
+/// Why a request was refused, as a program can act on it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum ErrorCode {
+    /// The message broke the protocol.
+    Protocol,
+    /// The peer may not do this.
+    Denied,
+    /// No such client or region.
+    NotFound,
+    /// Arguments that make no sense: unaligned, empty, overlapping, too large.
+    Invalid,
+    /// The RAM pool has not that much left.
+    PoolFull,
+    /// The swap file has not that much left.
+    SwapFull,
+    /// A limit on clients, regions or connections is reached.
+    Limit,
+    /// The kernel lacks something that is needed.
+    Unsupported,
+    /// The daemon is shutting down and takes nothing new.
+    Draining,
+    /// An operation of the system failed.
+    System,
+}
+
+/// Body of [`Reply::Error`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Failure {
+    /// For programs.
+    pub code: ErrorCode,
+    /// For people: what happened and what to do; at most [`crate::limits::MAX_TEXT`] bytes.
+    pub text: String,
+}
+
+/// Counters and gauges of one client. Counts of pages unless named otherwise.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ClientStats {
+    /// Budget in bytes.
+    pub budget_bytes: u64,
+    /// Frames that the client holds now, zero mappings included.
+    pub resident_pages: u64,
+    /// Highest value of `resident_pages` so far.
+    pub peak_resident_pages: u64,
+    /// Bytes that the daemon holds for this client: ring, I/O buffers, page tables. Part of the budget.
+    pub overhead_bytes: u64,
+    /// Pages whose only copy is in the swap file.
+    pub swapped_pages: u64,
+    /// Slots taken, clean copies of resident pages included.
+    pub slots: u64,
+    /// Pages of swap claimed.
+    pub claimed_pages: u64,
+    /// Pages that refuse eviction at present (pinned, locked, protected).
+    pub unevictable_pages: u64,
+    /// Pages lost to I/O errors or failed checks; an access gives SIGBUS.
+    pub poisoned_pages: u64,
+    /// Fault messages served.
+    pub faults: u64,
+    /// Of these, first touches.
+    pub faults_zero: u64,
+    /// Of these, answered by reading the swap file.
+    pub faults_read: u64,
+    /// Of these, answered without I/O: the page was on its way out or read ahead.
+    pub faults_rescued: u64,
+    /// Faults that had to wait because no frame was free.
+    pub faults_stalled: u64,
+    /// Pages read from the swap file.
+    pub pages_in: u64,
+    /// Of these, read ahead of a fault.
+    pub pages_readahead: u64,
+    /// Pages written to the swap file.
+    pub pages_out: u64,
+    /// Evicted pages that were not written because the slot held the same bytes.
+    pub pages_clean: u64,
+    /// Evicted pages that were all zeros.
+    pub pages_zero: u64,
+    /// Read and write errors of the swap file, and failed checks.
+    pub io_errors: u64,
+}
+
+/// Body of [`Reply::Status`]: the daemon as a whole. Sizes in bytes.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Status {
+    /// Version of the daemon.
+    pub version: String,
+    /// Process id of the daemon.
+    pub pid: u32,
+    /// Seconds since start.
+    pub uptime_seconds: u64,
+    /// Path of the socket; empty for a private daemon.
+    pub socket: String,
+    /// Path of the swap file or device; empty if it has no name.
+    pub swap_path: String,
+    /// Size of the swap file.
+    pub swap_bytes: u64,
+    /// Claimed by committed memory.
+    pub swap_claimed_bytes: u64,
+    /// Held by slots.
+    pub swap_used_bytes: u64,
+    /// Swap I/O bypasses the page cache.
+    pub direct_io: bool,
+    /// Swap I/O goes through io_uring.
+    pub io_uring: bool,
+    /// RAM that may be granted in all.
+    pub pool_bytes: u64,
+    /// RAM granted to clients.
+    pub pool_granted_bytes: u64,
+    /// Clients connected.
+    pub clients: u64,
+    /// Regions registered.
+    pub regions: u64,
+    /// SIGTERM was received; no new client is taken.
+    pub draining: bool,
+}
+
+/// A row of [`Reply::Clients`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ClientRow {
+    /// The client's number.
+    pub client: u64,
+    /// Process id.
+    pub pid: u32,
+    /// User id.
+    pub uid: u32,
+    /// Name that the client gave.
+    pub name: String,
+    /// What hinders it, empty if nothing does: for people.
+    pub condition: String,
+    /// Regions registered.
+    pub regions: u32,
+    /// Figures.
+    pub stats: ClientStats,
+}
+
+/// Body of [`Reply::Clients`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ClientList {
+    /// At most [`crate::limits::MAX_ROWS`], ascending.
+    pub rows: Vec<ClientRow>,
+    /// Ask again after the last row for more.
+    pub more: bool,
+}
+
+/// A row of [`Reply::Regions`]. Counts are pages.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RegionRow {
+    /// The client's number.
+    pub client: u64,
+    /// The region's number within it.
+    pub region: u32,
+    /// Label that the client gave.
+    pub label: String,
+    /// Address in the client.
+    pub addr: u64,
+    /// Length in bytes.
+    pub len: u64,
+    /// Claimed in swap, in bytes.
+    pub claimed_bytes: u64,
+    /// Resident.
+    pub resident_pages: u64,
+    /// In the swap file only.
+    pub swapped_pages: u64,
+    /// Lost.
+    pub poisoned_pages: u64,
+}
+
+/// Body of [`Reply::Regions`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RegionList {
+    /// At most [`crate::limits::MAX_ROWS`], ascending.
+    pub rows: Vec<RegionRow>,
+    /// Ask again after the last row for more.
+    pub more: bool,
+}
