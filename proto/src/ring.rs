@@ -125,6 +125,7 @@ impl Layout {
 
     /// Length of the memfd in bytes.
     #[must_use]
+    #[allow(clippy::len_without_is_empty, reason = "a ring is never empty")]
     pub fn len(self) -> usize {
         self.data_offset() + to_usize(u64::from(self.batches) * u64::from(self.batch_pages)) * PAGE_SIZE
     }

@@ -14,6 +14,10 @@ use thiserror::Error;
 
 use crate::limits::{MAX_FDS, MAX_MESSAGE};
 
+/// Most fds that the kernel passes in one packet. There is room for all of them: those of a cut control message would be
+/// installed and belong to nobody.
+const SCM_MAX_FD: usize = 253;
+
 /// Why no packet went or came.
 #[derive(Debug, Error, PartialEq, Eq)]
 pub enum TransportError {
@@ -76,7 +80,7 @@ pub fn send(socket: BorrowedFd<'_>, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> Res
 /// # Errors
 /// See [`TransportError`].
 pub fn recv(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> Result<(usize, Vec<OwnedFd>), TransportError> {
-    let mut control = nix::cmsg_space!([RawFd; MAX_FDS]);
+    let mut control = nix::cmsg_space!([RawFd; SCM_MAX_FD]);
     let mut parts = [IoSliceMut::new(buffer)];
     let flags = MsgFlags::MSG_CMSG_CLOEXEC;
     let message = loop {
@@ -95,7 +99,7 @@ pub fn recv(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> Result<(usize, Vec<Own
             }
         }
     }
-    if message.flags.intersects(MsgFlags::MSG_CTRUNC | MsgFlags::MSG_TRUNC) {
+    if fds.len() > MAX_FDS || message.flags.intersects(MsgFlags::MSG_CTRUNC | MsgFlags::MSG_TRUNC) {
         return Err(TransportError::Truncated);
     }
     if message.bytes == 0 {
