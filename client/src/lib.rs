@@ -1,1 +1,63 @@
-//! To be written.
+//! Memory larger than RAM for one program: regions whose pages `fmallocd` moves between RAM and a swap file, within a
+//! RAM budget, without kernel swap and without root in the program.
+//!
+//! ```no_run
+//! use fmalloc_client::{Pager, PrivateOptions, Region};
+//!
+//! # fn main() -> Result<(), fmalloc_client::Error> {
+//! // A daemon that runs already, or one for this process alone.
+//! let pager = Pager::connect().or_else(|_| Pager::private(&PrivateOptions::new(256 << 20)))?;
+//! let mut region = Region::new(&pager, 4 << 30)?;
+//! let numbers = region.as_mut_slice_of::<u64>();
+//! for (index, number) in numbers.iter_mut().enumerate() {
+//!     *number = index as u64;
+//! }
+//! println!("{} pages are in RAM", pager.stats()?.resident_pages);
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! A [`Pager`] is a connection with a budget; a [`Region`] is memory paged by it. Both may be used from any thread.
+//! Memory of a region is ordinary private memory: pointers into it stay valid, and system calls work on it.
+//!
+//! # What to know
+//!
+//! - **A lost daemon**: resident pages go on working, and a thread that touches any other page waits for ever instead
+//!   of reading zeros. [`Pager::health`] says so, one line on stderr too, and every call gives [`Error::DaemonGone`].
+//!   Regions dropped then leave their addresses mapped. A thread that is just then in [`Region::discard`], or in
+//!   `munmap` or `madvise` on a region, waits as well.
+//! - **fork**: a child has neither the regions (a touch is SIGSEGV) nor the pager ([`Error::Forked`]); it may make its
+//!   own. `exec` inherits nothing.
+//! - **Read-only, locked and pinned pages** cannot be evicted: `mprotect(PROT_READ)` and `mlock` keep the pages
+//!   concerned in RAM, I/O in flight does so until it ends. They count against the budget, and
+//!   [`ClientStats::unevictable_pages`] shows them.
+//! - **Reading what was never written** takes a page of RAM as well.
+//! - **Core dumps and debuggers** see resident pages only; regions are left out of core dumps.
+//! - **madvise, munmap, mremap** by the program on memory of a region do what they do on ordinary memory. A part that
+//!   was unmapped, and mapped again by something else, is that other thing's.
+//! - **Threads**: each pager has two of its own, with all signals blocked. One signal is used inside: SIGURG, sent to
+//!   one of these threads only.
+//! - **Seccomp filters** that kill threads (TSYNC with a narrow list) break the agent; install them before the pager, and
+//!   allow `poll`, `ioctl`, `madvise`, `mprotect`, `read`, `write`, `pread64`, `sendmsg`, `recvmsg`, `futex`, `tgkill`.
+
+mod agent;
+mod connect;
+mod error;
+mod health;
+mod herald;
+mod link;
+mod options;
+mod pager;
+mod pod;
+mod region;
+mod spawn;
+mod sys;
+
+pub use error::Error;
+pub use fmalloc_proto::PAGE_SIZE;
+pub use fmalloc_proto::messages::{Advice, ClientStats, ErrorCode};
+pub use health::Health;
+pub use options::{ConnectOptions, PrivateOptions};
+pub use pager::Pager;
+pub use pod::Pod;
+pub use region::Region;

@@ -1,0 +1,130 @@
+//! What application threads and the agent share: the mailbox, the health, and how to wake the agent. Holds no file
+//! descriptor: a program may close those that it does not know.
+
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, AtomicU64, Ordering};
+
+use fmalloc_proto::codec;
+use fmalloc_proto::messages::{Reply, Request};
+use fmalloc_proto::validate;
+use nix::errno::Errno;
+
+use crate::agent::mailbox::{Job, Mailbox, Slot};
+use crate::error::Error;
+use crate::health::{Health, HealthCell};
+use crate::sys;
+
+/// First id of a request after the handshake.
+pub(crate) const FIRST_ID: u32 = 16;
+
+/// The bond between a process's threads and one agent.
+#[derive(Debug)]
+pub(crate) struct Link {
+    owner: u32,
+    /// The agent's thread id, once it runs.
+    pub(crate) agent: AtomicI32,
+    /// Set by the agent.
+    pub(crate) health: HealthCell,
+    /// Granted budget in bytes.
+    pub(crate) budget: AtomicU64,
+    /// The client's number.
+    pub(crate) client: AtomicU64,
+    /// To the agent.
+    pub(crate) mailbox: Mailbox,
+    next_id: AtomicU32,
+    leaked: AtomicBool,
+}
+
+impl Link {
+    /// A link owned by this process.
+    pub(crate) fn new() -> Self {
+        Self {
+            owner: std::process::id(),
+            agent: AtomicI32::new(0),
+            health: HealthCell::default(),
+            budget: AtomicU64::new(0),
+            client: AtomicU64::new(0),
+            mailbox: Mailbox::new(),
+            next_id: AtomicU32::new(FIRST_ID),
+            leaked: AtomicBool::new(false),
+        }
+    }
+
+    /// Whether this process made the pager, and is not a forked child of it.
+    pub(crate) fn is_owner(&self) -> bool {
+        std::process::id() == self.owner
+    }
+
+    /// The pager's health as this process sees it.
+    pub(crate) fn health(&self) -> Health {
+        if self.is_owner() { self.health.get() } else { Health::Forked }
+    }
+
+    /// An error unless all is well.
+    pub(crate) fn check(&self) -> Result<(), Error> {
+        match self.health() {
+            Health::Ok => Ok(()),
+            _ => Err(self.trouble()),
+        }
+    }
+
+    /// Notes that a mapping stays for ever: then the agent must too, since it holds the userfaultfd.
+    pub(crate) fn leak(&self) {
+        self.leaked.store(true, Ordering::Release);
+    }
+
+    /// Whether any mapping was left behind.
+    pub(crate) fn has_leaked(&self) -> bool {
+        self.leaked.load(Ordering::Acquire)
+    }
+
+    /// Sends a request and waits for its reply, which takes as long as the daemon does; ends when the daemon is gone.
+    ///
+    /// # Errors
+    /// The daemon's refusal, or why there was no answer ([`Error::is_uncertain`]).
+    pub(crate) fn call(&self, request: &Request) -> Result<Reply, Error> {
+        self.check()?;
+        validate::request(request).map_err(|invalid| Error::invalid(invalid.to_string()))?;
+        let id = self.next_id.fetch_add(1, Ordering::Relaxed).max(FIRST_ID);
+        let frame = codec::encode(id, request).map_err(|error| Error::invalid(error.to_string()))?;
+        let (slot, waiter) = Slot::new();
+        if !self.mailbox.put(Job { id, frame, waiter }) {
+            return Err(self.trouble());
+        }
+        match slot.wait(|| self.wake()) {
+            Some(Reply::Error(failure)) => Err(failure.into()),
+            Some(reply) => Ok(reply),
+            None => Err(self.trouble()),
+        }
+    }
+
+    /// [`Link::call`] for requests whose reply says nothing more.
+    pub(crate) fn order(&self, request: &Request) -> Result<(), Error> {
+        match self.call(request)? {
+            Reply::Done(_) => Ok(()),
+            other => Err(Self::unexpected(&other)),
+        }
+    }
+
+    /// A reply that does not belong to its request.
+    pub(crate) fn unexpected(reply: &Reply) -> Error {
+        Error::conversation(format!("unexpected reply {reply:?}"))
+    }
+
+    /// Wakes the agent to look into the mailbox; gives false if the agent's thread does not exist any more, which only
+    /// something outside (a seccomp filter that kills threads) can cause.
+    pub(crate) fn wake(&self) -> bool {
+        let alive = sys::nudge(self.owner, self.agent.load(Ordering::Acquire)) != Err(Errno::ESRCH);
+        if !alive {
+            self.health.fail(Health::AgentFailed);
+        }
+        alive
+    }
+
+    fn trouble(&self) -> Error {
+        match self.health() {
+            Health::Forked => Error::Forked,
+            Health::AgentFailed => Error::AgentFailed,
+            Health::DaemonGone | Health::Ok => Error::DaemonGone,
+        }
+    }
+}

@@ -1,0 +1,86 @@
+//! What a program can ask for when it makes a pager.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+use fmalloc_proto::limits::MAX_NAME;
+
+/// How to connect to a daemon that runs already.
+#[derive(Debug, Clone, Default)]
+pub struct ConnectOptions {
+    /// The daemon's socket. Without it: FMALLOC_SOCKET, then the system's socket, then the user's own.
+    pub socket: Option<PathBuf>,
+    /// RAM budget in bytes; without it the daemon's default.
+    pub budget: Option<u64>,
+    /// Shown by `fmallocctl`; without it the name of the executable. Cut to 64 bytes.
+    pub name: Option<String>,
+    /// Accept a userfaultfd with which system calls on swapped-out memory fail with EFAULT, if there is no better one.
+    pub user_mode_only: bool,
+}
+
+/// How to start a daemon for this process alone.
+#[derive(Debug, Clone)]
+pub struct PrivateOptions {
+    /// RAM budget in bytes.
+    pub budget: u64,
+    /// Directory of the swap file, on a real disk. Without it FMALLOC_SWAP_DIR, then /var/tmp.
+    pub swap_dir: Option<PathBuf>,
+    /// Most bytes that the swap file may grow to; without it the daemon decides.
+    pub swap_size: Option<u64>,
+    /// The `fmallocd` program. Without it FMALLOC_DAEMON, then beside the executable, PATH and libexec.
+    pub daemon: Option<PathBuf>,
+    /// Shown by `fmallocctl`; without it the name of the executable. Cut to 64 bytes.
+    pub name: Option<String>,
+    /// Accept a userfaultfd with which system calls on swapped-out memory fail with EFAULT, if there is no better one.
+    pub user_mode_only: bool,
+}
+
+impl PrivateOptions {
+    /// A budget in bytes, and the default for everything else.
+    #[must_use]
+    pub fn new(budget: u64) -> Self {
+        Self { budget, swap_dir: None, swap_size: None, daemon: None, name: None, user_mode_only: false }
+    }
+}
+
+/// An environment variable, unless it is empty or this program runs with more rights than its caller, whose environment
+/// must not choose a daemon for it then.
+pub(crate) fn variable(name: &str) -> Option<OsString> {
+    // SAFETY: reads a value that the kernel gave to this process.
+    let raised = unsafe { libc::getauxval(libc::AT_SECURE) } != 0;
+    if raised { None } else { std::env::var_os(name).filter(|value| !value.is_empty()) }
+}
+
+/// The name to give to the daemon: short, and without control characters.
+pub(crate) fn client_name(wanted: Option<&str>) -> String {
+    let own = || {
+        let path = std::env::current_exe().ok()?;
+        Some(path.file_name()?.to_string_lossy().into_owned())
+    };
+    let name = wanted.map(str::to_owned).or_else(own).unwrap_or_default();
+    cut(&name)
+}
+
+/// `text` without control characters, at most [`MAX_NAME`] bytes of it.
+pub(crate) fn cut(text: &str) -> String {
+    let mut short = String::new();
+    for c in text.chars().map(|c| if c.is_control() { ' ' } else { c }) {
+        if short.len() + c.len_utf8() > MAX_NAME {
+            break;
+        }
+        short.push(c);
+    }
+    short
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_cut_at_whole_characters_and_cleaned() {
+        assert_eq!(cut("a\nb"), "a b");
+        assert_eq!(cut(&"ä".repeat(100)), "ä".repeat(32));
+        assert!(!client_name(None).is_empty());
+    }
+}

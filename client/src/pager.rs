@@ -1,0 +1,173 @@
+//! The handle to a daemon, and the life of the two threads behind it.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::thread::JoinHandle;
+
+use fmalloc_proto::messages::{Budget, ClientStats, Empty, Reply, Request};
+use nix::sys::signal::{SigSet, SigmaskHow};
+
+use crate::agent::{self, mailbox::Slot};
+use crate::connect::{self, Route, Wanted};
+use crate::error::Error;
+use crate::health::Health;
+use crate::herald::Herald;
+use crate::link::Link;
+use crate::options::{ConnectOptions, PrivateOptions, client_name};
+use crate::spawn::Launch;
+
+/// A connection to a daemon that pages this process's regions within one budget. Clones are the same pager; all of it
+/// may be used from any thread. The connection ends when the last clone and the last region are dropped.
+///
+/// Behind it run two threads with all signals blocked: `fmalloc-agent`, which evicts pages when the daemon asks, and
+/// `fmalloc-herald`, which writes one line to stderr if the daemon is lost. In a forked child neither exists, and every
+/// call gives [`Error::Forked`].
+#[derive(Debug, Clone)]
+pub struct Pager(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    link: Arc<Link>,
+    threads: Option<(JoinHandle<()>, Herald)>,
+}
+
+impl Pager {
+    /// Connects to a daemon: at FMALLOC_SOCKET, else the system's, else the user's own. The budget is the daemon's
+    /// default.
+    ///
+    /// # Errors
+    /// [`Error::NoDaemon`], [`Error::Denied`], [`Error::PoolFull`], [`Error::NoUserfaultfd`],
+    /// [`Error::Unsupported`], or a failure of the system.
+    pub fn connect() -> Result<Self, Error> {
+        Self::connect_with(&ConnectOptions::default())
+    }
+
+    /// Connects to a daemon with options.
+    ///
+    /// # Errors
+    /// As [`Pager::connect`].
+    pub fn connect_with(options: &ConnectOptions) -> Result<Self, Error> {
+        let wanted = Wanted {
+            name: client_name(options.name.as_deref()),
+            budget: options.budget.unwrap_or(0),
+            user_mode_only: options.user_mode_only,
+        };
+        Self::start(Route::Sockets(connect::sockets(options.socket.as_deref())), wanted)
+    }
+
+    /// Starts a daemon for this process alone, with a temporary swap file that has no name. The daemon is not a child
+    /// of this process: `wait` does not see it. It ends when this process has. FMALLOC_DAEMON_LOG names a file for its
+    /// log, which otherwise goes nowhere.
+    ///
+    /// # Errors
+    /// [`Error::NoDaemonBinary`], [`Error::NoUserfaultfd`] where this user may not have a full userfaultfd,
+    /// [`Error::Unsupported`], or a failure of the system.
+    pub fn private(options: &PrivateOptions) -> Result<Self, Error> {
+        let wanted = Wanted {
+            name: client_name(options.name.as_deref()),
+            budget: options.budget,
+            user_mode_only: options.user_mode_only,
+        };
+        Self::start(Route::Private(Box::new(Launch::new(options)?)), wanted)
+    }
+
+    /// Granted budget in bytes; the daemon's administrator may change it at any time.
+    #[must_use]
+    pub fn budget(&self) -> u64 {
+        self.0.link.budget.load(Ordering::Relaxed)
+    }
+
+    /// Asks for another budget in bytes and gives what was granted. Returns when the client is within it, or cannot
+    /// get there for now because too many pages refuse eviction.
+    ///
+    /// # Errors
+    /// [`Error::PoolFull`], [`Error::Invalid`] below the minimum, [`Error::Refused`], or a lost daemon.
+    pub fn set_budget(&self, bytes: u64) -> Result<u64, Error> {
+        match self.0.link.call(&Request::SetBudget(Budget { bytes }))? {
+            Reply::Budget(granted) => Ok(granted.bytes),
+            other => Err(Link::unexpected(&other)),
+        }
+    }
+
+    /// Figures of this client.
+    ///
+    /// # Errors
+    /// A lost daemon.
+    pub fn stats(&self) -> Result<ClientStats, Error> {
+        match self.0.link.call(&Request::Stats(Empty {}))? {
+            Reply::Stats(stats) => Ok(stats),
+            other => Err(Link::unexpected(&other)),
+        }
+    }
+
+    /// Whether paging works. Asks nobody; costs a load.
+    #[must_use]
+    pub fn health(&self) -> Health {
+        self.0.link.health()
+    }
+
+    /// This client's number, as `fmallocctl clients` shows it.
+    #[must_use]
+    pub fn client_id(&self) -> u64 {
+        self.0.link.client.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn link(&self) -> &Link {
+        &self.0.link
+    }
+
+    fn start(route: Route, wanted: Wanted) -> Result<Self, Error> {
+        let blocked = BlockedSignals::new()?;
+        let failed = |error: std::io::Error| Error::System {
+            what: "starting a thread of fmalloc".to_owned(),
+            errno: error.raw_os_error().unwrap_or(0),
+        };
+        let herald = Herald::start().map_err(failed)?;
+        let link = Arc::new(Link::new());
+        let started = agent::start(Arc::clone(&link), herald.voice(), route, wanted);
+        drop(blocked);
+        match started.map_err(failed).and_then(agent::Starting::wait) {
+            Ok(agent) => Ok(Self(Arc::new(Inner { link, threads: Some((agent, herald)) }))),
+            Err(error) => {
+                herald.dismiss();
+                Err(error)
+            }
+        }
+    }
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        let Some((agent, herald)) = self.threads.take() else { return };
+        if !self.link.is_owner() {
+            // Neither thread exists in a forked child: their handles must not be touched.
+            std::mem::forget(agent);
+            herald.forget();
+        } else if !self.link.has_leaked() {
+            let (slot, waiter) = Slot::new();
+            self.link.mailbox.put_end(waiter);
+            slot.wait(|| self.link.wake());
+            let _ = agent.join();
+            herald.dismiss();
+        }
+    }
+}
+
+/// All signals blocked in the calling thread, and so in the threads that it starts meanwhile. Libc leaves out those
+/// that it needs itself.
+struct BlockedSignals(SigSet);
+
+impl BlockedSignals {
+    fn new() -> Result<Self, Error> {
+        SigSet::all()
+            .thread_swap_mask(SigmaskHow::SIG_SETMASK)
+            .map(Self)
+            .map_err(|errno| Error::system("blocking signals", errno))
+    }
+}
+
+impl Drop for BlockedSignals {
+    fn drop(&mut self) {
+        let _ = self.0.thread_set_mask();
+    }
+}
