@@ -1,8 +1,12 @@
 //! The fault threads: one per client process, each with its own reactor, so that no client can delay another.
 
 pub mod handle;
+pub mod memory;
+pub mod reactor;
+pub mod requests;
 pub mod stats;
 pub mod thread;
+pub mod uffd;
 
 pub use handle::{Command, Features, Handle, Setup};
 pub use thread::spawn;

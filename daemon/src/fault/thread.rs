@@ -1,10 +1,606 @@
-//! stub
-use super::handle::{Handle, Setup};
+//! The loop of a fault thread: waits, feeds the pager core with what happened, does what it says.
+//!
+//! One thread per client; nothing here is shared with other clients but the swap file and its slots. The loop neither
+//! logs nor allocates for a fault, and takes no lock.
+
+use std::collections::VecDeque;
+use std::os::fd::{AsFd, AsRawFd};
+use std::sync::Arc;
+use std::sync::mpsc::Receiver;
+use std::time::{Duration, Instant};
+
+use fmalloc_proto::PAGE;
+use fmalloc_proto::limits::{MAX_ROWS, MIN_BUDGET};
+use fmalloc_proto::messages::{ErrorCode, Failure, RegionRange};
+use fmalloc_proto::ring::Layout;
+use nix::sys::eventfd::EventFd;
+
+use super::handle::{Answer, Command, Handle, Setup};
+use super::memory::{Memory, ZERO_PAGES};
+use super::reactor::{Completion, Io, Psync, Reactor, Ready, Uring, Watched};
+use super::requests::AgentRing;
+use super::stats::{Condition, SharedStats};
+use super::uffd::{BATCH, ClientUffd, Message};
+use crate::arena::Arena;
+use crate::pager::{Action, Pager, RegisterError, Sizes, Source, Stop, Transfer};
+use crate::swap::{ClientSlots, Swap};
+
+/// How long to wait before mapping is tried again after the kernel said EAGAIN and no message explains it: the thread
+/// that raised the event has not run on yet.
+const RETRY: Duration = Duration::from_micros(200);
+/// The same after ENOMEM.
+const MEMORY_RETRY: Duration = Duration::from_millis(5);
+/// An agent that takes longer is called silent.
+const SILENT: Duration = Duration::from_secs(2);
+/// How long a change of budget may take before it is answered anyway.
+const BUDGET_PATIENCE: Duration = Duration::from_secs(5);
+/// How often the thread looks around when nothing happens but something is wrong.
+const LOOK_AROUND: Duration = Duration::from_millis(100);
+
+/// The ring that suits a budget: a sixteenth of it, within 32 and 256 pages, in four batches.
+#[must_use]
+pub fn ring_layout(budget: u64) -> Layout {
+    let pages = (budget.max(MIN_BUDGET) / PAGE / 16).clamp(32, 256);
+    let batch = u32::try_from(pages / 4).unwrap_or(8);
+    Layout::new(4, batch).unwrap_or_else(|| unreachable!("within the limits of a ring"))
+}
+
 /// Starts the thread of one client: API handshake on its userfaultfd, then the loop.
 ///
 /// # Errors
 /// What the handshake or the system refused; nothing is left behind.
-pub fn spawn(setup: Setup) -> anyhow::Result<Handle> { let _ = setup; anyhow::bail!("stub") }
+pub fn spawn(setup: Setup) -> anyhow::Result<Handle> {
+    use anyhow::Context;
+    let uffd = ClientUffd::handshake(setup.uffd, setup.features.poison)
+        .context("the userfaultfd was refused: the API handshake failed or was done before")?;
+    let agent = AgentRing::new(&setup.ring, setup.layout, setup.agent_doorbell, setup.daemon_doorbell)
+        .context("mapping the ring")?;
+    let sizes = Sizes::for_budget(setup.budget, setup.layout);
+    let memory = Memory::new(usize::from(sizes.read_buffers) + usize::from(sizes.write_buffers))
+        .context("memory for I/O buffers")?;
+    let arena = Arena::new().context("the arena for page tables")?;
+    let stats = Arc::new(SharedStats::default());
+    let (mut handle, commands, wake) = Handle::new(Arc::clone(&stats), uffd.poison)?;
+    let slots = ClientSlots::new(Arc::clone(&setup.swap), setup.client);
+    let pager = Pager::new(slots, arena, sizes);
+    stats.publish(&pager.stats());
+    let (client, pid, io_uring) = (setup.client, setup.pid, setup.features.io_uring);
+    let (swap, agent_tid) = (setup.swap, setup.agent_tid);
+    let run = move || {
+        // The ring of io_uring must be made by the thread that uses it.
+        let watched =
+            Watched { uffd: uffd.raw(), agent: agent.doorbell(), commands: wake.as_fd().as_raw_fd() };
+        let file = swap.file.fd().as_raw_fd();
+        let uring = if io_uring { Uring::new(watched, file) } else { Err(std::io::ErrorKind::Unsupported.into()) };
+        let reactor: Box<dyn Reactor> = match uring {
+            Ok(uring) => Box::new(uring),
+            Err(error) => {
+                if io_uring {
+                    tracing::warn!(client, %error, "no io_uring: swap I/O is done one by one");
+                }
+                Box::new(Psync::new(watched, file))
+            }
+        };
+        let thread = FaultThread {
+            client,
+            pid,
+            agent_tid,
+            pager,
+            uffd,
+            agent,
+            reactor,
+            memory,
+            swap,
+            commands,
+            wake,
+            stats,
+            started: Instant::now(),
+            messages: Vec::with_capacity(BATCH),
+            done: Vec::with_capacity(256),
+            rows: Rows::default(),
+            unread: false,
+            agent_waits: false,
+            agent_gone: false,
+            stopping: false,
+            retry_after: None,
+            next_token: 0,
+        };
+        thread.run();
+    };
+    let thread = std::thread::Builder::new()
+        .name(format!("fault-{client}"))
+        .spawn(run)
+        .context("starting the fault thread")?;
+    handle.thread = Some(thread);
+    Ok(handle)
+}
 
-/// The ring that suits a budget: a sixteenth of it, within 32 and 256 pages, in four batches.
-pub fn ring_layout(budget: u64) -> fmalloc_proto::ring::Layout { let _ = budget; unimplemented!() }
+/// Requests that cannot be answered at once.
+#[derive(Default)]
+struct Rows {
+    registering: VecDeque<Registering>,
+    closing: Vec<(u16, Answer<()>)>,
+    budgets: Vec<(Instant, Answer<()>)>,
+    drains: Vec<(u64, Answer<u64>)>,
+}
+
+/// A range that the kernel has registered and that counts as soon as all older events have been read: one of them may
+/// still tell of an unmapping at the same address.
+struct Registering {
+    addr: u64,
+    len: u64,
+    commit: bool,
+    label: String,
+    answer: Answer<u32>,
+}
+
+struct FaultThread {
+    client: u64,
+    pid: u32,
+    agent_tid: u32,
+    pager: Pager<ClientSlots>,
+    uffd: ClientUffd,
+    agent: AgentRing,
+    reactor: Box<dyn Reactor>,
+    memory: Memory,
+    swap: Arc<Swap>,
+    commands: Receiver<Command>,
+    wake: Arc<EventFd>,
+    stats: Arc<SharedStats>,
+    started: Instant,
+    messages: Vec<Message>,
+    done: Vec<Completion>,
+    rows: Rows,
+    /// The userfaultfd may have messages that were not read yet.
+    unread: bool,
+    /// The agent itself waits for a fault: events are read although pages are on their way out.
+    agent_waits: bool,
+    agent_gone: bool,
+    stopping: bool,
+    retry_after: Option<Duration>,
+    next_token: u64,
+}
+
+impl FaultThread {
+    fn run(mut self) {
+        if let Err(error) = self.serve() {
+            tracing::error!(client = self.client, pid = self.pid, %error, "fault thread failed; its client waits for ever");
+        }
+        self.give_back();
+        self.publish();
+        self.stats.set_ended();
+    }
+
+    fn serve(&mut self) -> std::io::Result<()> {
+        while !self.stopping {
+            self.act();
+            self.answer();
+            self.publish();
+            if self.stopping {
+                break;
+            }
+            let timeout = self.timeout();
+            let mut done = std::mem::take(&mut self.done);
+            let ready = self.reactor.wait(timeout, !self.unread, &mut done)?;
+            let now = u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX);
+            self.pager.set_now(now);
+            for completion in done.drain(..) {
+                self.complete(completion);
+            }
+            self.done = done;
+            self.handle(ready);
+        }
+        Ok(())
+    }
+
+    fn handle(&mut self, ready: Ready) {
+        if ready.agent {
+            self.agent.clear_doorbell();
+        }
+        self.collect();
+        if ready.uffd_error {
+            self.uffd.restore_nonblocking();
+        }
+        self.unread |= ready.uffd;
+        if self.unread || self.pager.is_blocked() || !self.rows.registering.is_empty() {
+            self.read_messages();
+        }
+        if self.retry_after.take().is_some() {
+            self.pager.retry();
+        }
+        if ready.commands {
+            let _ = nix::unistd::read(self.wake.as_fd(), &mut [0; 8]);
+            while let Ok(command) = self.commands.try_recv() {
+                self.command(command);
+            }
+        }
+        if self.agent_gone && self.uffd.test() == Some(Stop::Gone) {
+            self.stopping = true;
+        }
+    }
+
+    /// How long nothing needs to be done if nothing happens.
+    fn timeout(&self) -> Option<Duration> {
+        let clock = self.pager.deadline().map(|at| {
+            let now = u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX);
+            Duration::from_millis(at.saturating_sub(now).max(1))
+        });
+        let registering = (!self.rows.registering.is_empty()).then_some(RETRY);
+        let watchful = self.agent_gone || !self.rows.budgets.is_empty() || self.agent.is_busy();
+        let look = watchful.then_some(LOOK_AROUND);
+        [clock, self.retry_after, registering, look].into_iter().flatten().min()
+    }
+
+    /// Reads what the kernel has to tell. Faults always; events only while no page is on its way out, since what an event
+    /// means for such a page would depend on whether it had left already.
+    fn read_messages(&mut self) {
+        loop {
+            let mut most = BATCH;
+            if self.pager.evicting() > 0 && !self.agent_waits {
+                most = self.uffd.pending_faults();
+                if most == 0 {
+                    // If it is readable all the same, an event waits: it is read when the last batch is back.
+                    self.pager.hold_evictions(true);
+                    self.unread = true;
+                    return;
+                }
+            }
+            let mut messages = std::mem::take(&mut self.messages);
+            self.uffd.read(&mut messages, most);
+            let drained = messages.is_empty();
+            for message in messages.drain(..) {
+                self.message(message);
+            }
+            self.messages = messages;
+            if drained {
+                break;
+            }
+        }
+        self.unread = false;
+        self.agent_waits = false;
+        self.pager.hold_evictions(false);
+        self.pager.events_drained();
+        self.pager.retry();
+        self.finish_registering();
+    }
+
+    fn message(&mut self, message: Message) {
+        match message {
+            Message::Fault { addr, thread } => {
+                let by_agent = thread == self.agent_tid;
+                self.agent_waits |= by_agent;
+                self.pager.fault(addr, by_agent);
+            }
+            Message::Remove { start, end } => self.pager.discard(start, end.saturating_sub(start)),
+            Message::Unmap { start, end } => self.pager.unmap(start, end.saturating_sub(start)),
+            Message::Remap { from, to, len } => self.pager.remap(from, to, len),
+            Message::Other(_) => {}
+        }
+    }
+
+    /// Does all that the pager wants done.
+    fn act(&mut self) {
+        while let Some(action) = self.pager.next_action() {
+            match action {
+                Action::Map { page, addr, pages, source } => {
+                    let (asked, src) = match source {
+                        Source::Zeros => (pages.min(ZERO_PAGES as u64), self.memory.zeros()),
+                        Source::Buffer(buffer) => (pages, self.memory.buffer(buffer)),
+                    };
+                    let (mut done, mut stop) = self.uffd.copy(addr, src.as_ptr(), asked);
+                    while stop.is_none() && done < pages {
+                        let more = (pages - done).min(ZERO_PAGES as u64);
+                        let (count, why) = self.uffd.copy(addr + done * PAGE, src.as_ptr(), more);
+                        done += count;
+                        stop = why;
+                    }
+                    self.note(stop);
+                    self.pager.mapped(page, pages, done, stop);
+                }
+                Action::Wake { addr, pages } => self.uffd.wake(addr, pages),
+                Action::Assist { addr } => {
+                    let (_, stop) = self.uffd.copy(addr, self.memory.zeros().as_ptr(), 1);
+                    self.note(stop);
+                    // Whatever came of it, the agent looks again, and faults again if it must.
+                    self.uffd.wake(addr, 1);
+                }
+                Action::Poison { page, addr } => {
+                    tracing::error!(client = self.client, pid = self.pid, "page at {addr:#x} is lost: the swap file failed");
+                    if self.uffd.poison {
+                        let stop = self.uffd.poison_page(addr);
+                        self.note(stop);
+                        if stop == Some(Stop::Exists) {
+                            self.uffd.wake(addr, 1);
+                        }
+                        self.pager.poisoned(page, stop);
+                    } else {
+                        self.pager.protect(page);
+                    }
+                }
+                Action::Read(transfer) => self.transfer(transfer, true),
+                Action::Write(transfer) => self.transfer(transfer, false),
+                Action::Ask { batch, kind } => {
+                    let pages = self.pager.batch_pages(batch);
+                    let place = |page| self.pager.regions().place(page).map_or(0, |(addr, _)| addr);
+                    self.agent.ask(batch, kind, pages.iter().map(|page| place(*page)));
+                }
+            }
+        }
+    }
+
+    /// Takes note of why a page could not be mapped.
+    fn note(&mut self, stop: Option<Stop>) {
+        let after = match stop {
+            Some(Stop::Again) => RETRY,
+            Some(Stop::NoMemory) => MEMORY_RETRY,
+            Some(Stop::Gone) => {
+                // The address space is gone: the process has ended or runs another program.
+                self.agent_gone = true;
+                return;
+            }
+            _ => return,
+        };
+        self.retry_after = Some(self.retry_after.map_or(after, |now| now.min(after)));
+    }
+
+    fn transfer(&mut self, transfer: Transfer, is_read: bool) {
+        let io = Io {
+            token: u64::from(transfer.op) << 1 | u64::from(is_read),
+            is_read,
+            offset: u64::from(transfer.slot) * PAGE,
+            memory: self.memory.buffer(transfer.buffer),
+            len: transfer.pages * u32::try_from(PAGE).unwrap_or(4096),
+        };
+        // SAFETY: the buffers are the transfer's until the pager hears that it ended, and the memory lives as long as
+        // the thread, which does not end while transfers are in flight.
+        unsafe { self.reactor.submit(io) };
+    }
+
+    fn complete(&mut self, completion: Completion) {
+        let op = u32::try_from(completion.token >> 1).unwrap_or(u32::MAX);
+        if completion.token & 1 == 0 {
+            self.pager.write_ended(op, completion.good);
+            return;
+        }
+        for n in 0..self.pager.op_pages(op).len() {
+            let entry = self.pager.op_pages(op)[n];
+            let good = completion.good && {
+                let buffer = self.pager.op_buffer(op, n);
+                self.swap.key.hash(self.memory.page(buffer)) == self.pager.slot_hash(entry)
+            };
+            self.pager.page_read(op, n, good);
+        }
+        self.pager.read_ended(op);
+    }
+
+    /// Takes what the agent has finished.
+    fn collect(&mut self) {
+        self.agent.collect(&mut self.pager, &self.memory, &self.swap.key);
+    }
+
+    fn publish(&mut self) {
+        let unclaimed = self.pager.take_unclaimed();
+        if unclaimed > 0 {
+            self.swap.unclaim(unclaimed);
+        }
+        let stats = self.pager.stats();
+        self.stats.publish(&stats);
+        let regions = self.pager.regions().iter().count();
+        self.stats.set_regions(u32::try_from(regions).unwrap_or(u32::MAX));
+        let condition = if self.agent_gone {
+            Condition::AgentGone
+        } else if self.agent.waits_since().is_some_and(|since| since.elapsed() > SILENT) {
+            Condition::AgentSilent
+        } else if self.pager.has_write_errors() {
+            Condition::WriteErrors
+        } else if self.pager.is_starved() && stats.unevictable_pages > 0 {
+            Condition::Unevictable
+        } else {
+            Condition::Fine
+        };
+        self.stats.set_condition(condition);
+    }
+
+    fn command(&mut self, command: Command) {
+        match command {
+            Command::Register { addr, len, commit, label, answer } => {
+                match self.begin_register(addr, len, commit) {
+                    Ok(()) => {
+                        self.rows.registering.push_back(Registering { addr, len, commit, label, answer });
+                        self.unread = true;
+                    }
+                    Err(failure) => drop(answer.send(Err(failure))),
+                }
+            }
+            Command::Commit { range, answer } => drop(answer.send(self.commit(&range))),
+            Command::Decommit { range, answer } => {
+                let result = self.part(&range).map(|(region, pages)| {
+                    let unclaimed = self.pager.decommit(region, pages);
+                    self.swap.unclaim(unclaimed);
+                });
+                drop(answer.send(result));
+            }
+            Command::Unregister { region, answer } => match self.open(region) {
+                Ok(region) => {
+                    self.pager.close(region);
+                    self.rows.closing.push((region, answer));
+                }
+                Err(failure) => drop(answer.send(Err(failure))),
+            },
+            Command::Advise { range, advice, answer } => {
+                let result =
+                    self.part(&range).map(|(region, pages)| self.pager.advise(region, pages, advice));
+                drop(answer.send(result));
+            }
+            Command::SetBudget { bytes, answer } => {
+                self.pager.set_budget(bytes);
+                self.rows.budgets.push((Instant::now(), answer));
+            }
+            Command::Evict { region, pages, answer } => {
+                let range = match region.map(|region| self.open(region)).transpose() {
+                    Ok(region) => region.and_then(|r| Some((r, 0..self.pager.open_region(r)?.pages))),
+                    Err(failure) => return drop(answer.send(Err(failure))),
+                };
+                self.next_token += 1;
+                self.pager.drain(self.next_token, range, pages);
+                self.rows.drains.push((self.next_token, answer));
+            }
+            Command::Regions { from, answer } => {
+                drop(answer.send(Ok(self.pager.region_rows(self.client, from, MAX_ROWS))));
+            }
+            Command::AgentGone => self.agent_gone = true,
+            Command::Stop => self.stopping = true,
+        }
+    }
+
+    fn begin_register(&mut self, addr: u64, len: u64, commit: bool) -> Result<(), Failure> {
+        let waiting = self.rows.registering.iter().any(|r| addr < r.addr + r.len && r.addr < addr + len);
+        if waiting || self.pager.regions().overlaps(addr, len) {
+            return Err(overlap());
+        }
+        if commit {
+            self.claim(len / PAGE)?;
+        }
+        self.uffd.register(addr, len).map_err(|error| {
+            if commit {
+                self.swap.unclaim(len / PAGE);
+            }
+            let text = format!("registering {addr:#x}+{len:#x} with userfaultfd failed: {error}; the range must be private anonymous memory of this process");
+            Failure { code: ErrorCode::Invalid, text }
+        })
+    }
+
+    /// Lets registered ranges count once no older event can be about their addresses.
+    fn finish_registering(&mut self) {
+        if self.rows.registering.is_empty() || self.uffd.test() == Some(Stop::Again) {
+            return;
+        }
+        for Registering { addr, len, commit, label, answer } in std::mem::take(&mut self.rows.registering) {
+            let result = self.pager.register(addr, len, commit, label).map_err(|error| {
+                self.uffd.unregister(addr, len);
+                if commit {
+                    self.swap.unclaim(len / PAGE);
+                }
+                match error {
+                    RegisterError::Overlap => overlap(),
+                    RegisterError::Full => Failure {
+                        code: ErrorCode::Limit,
+                        text: "no room for the page tables of another region".to_owned(),
+                    },
+                }
+            });
+            drop(answer.send(result.map(u32::from)));
+        }
+    }
+
+    fn claim(&self, pages: u64) -> Result<(), Failure> {
+        self.swap.claim(pages).map_err(|error| Failure { code: ErrorCode::SwapFull, text: error.to_string() })
+    }
+
+    fn commit(&mut self, range: &RegionRange) -> Result<(), Failure> {
+        let (region, pages) = self.part(range)?;
+        let missing = self.pager.uncommitted(region, &pages).unwrap_or(0);
+        self.claim(missing)?;
+        self.pager.commit(region, pages);
+        Ok(())
+    }
+
+    /// The region with this number, if it is there.
+    fn open(&self, region: u32) -> Result<u16, Failure> {
+        let number = u16::try_from(region).ok();
+        number.filter(|number| self.pager.open_region(*number).is_some()).ok_or_else(|| Failure {
+            code: ErrorCode::NotFound,
+            text: format!("client {} has no region {region}", self.client),
+        })
+    }
+
+    /// The pages of a part of a region, if the region has them.
+    fn part(&self, range: &RegionRange) -> Result<(u16, std::ops::Range<u64>), Failure> {
+        let region = self.open(range.region)?;
+        let pages = range.offset / PAGE..(range.offset + range.len) / PAGE;
+        let inside = self.pager.open_region(region).is_some_and(|region| pages.end <= region.pages);
+        inside.then_some((region, pages)).ok_or_else(|| Failure {
+            code: ErrorCode::Invalid,
+            text: format!("region {} is shorter than offset {} + {}", range.region, range.offset, range.len),
+        })
+    }
+
+    /// Answers what had to wait.
+    fn answer(&mut self) {
+        for (region, answer) in std::mem::take(&mut self.rows.closing) {
+            if self.pager.is_closed(region) {
+                let (segments, claimed) = self.pager.unregister(region);
+                for segment in segments {
+                    self.uffd.unregister(segment.addr, segment.pages * PAGE);
+                }
+                self.swap.unclaim(claimed);
+                drop(answer.send(Ok(())));
+            } else {
+                self.rows.closing.push((region, answer));
+            }
+        }
+        if self.pager.is_within_budget() || self.rows.budgets.iter().any(|(at, _)| at.elapsed() > BUDGET_PATIENCE) {
+            for (_, answer) in self.rows.budgets.drain(..) {
+                drop(answer.send(Ok(())));
+            }
+        }
+        for (token, pages) in self.pager.drained() {
+            if let Some(place) = self.rows.drains.iter().position(|(other, _)| *other == token) {
+                let (_, answer) = self.rows.drains.swap_remove(place);
+                drop(answer.send(Ok(pages * PAGE)));
+            }
+        }
+    }
+
+    /// The client has ended: gives back all slots and claims, when no transfer uses them any more.
+    fn give_back(&mut self) {
+        let numbers: Vec<u16> = self.pager.regions().iter().map(|(number, _)| number).collect();
+        for number in &numbers {
+            self.pager.close(*number);
+        }
+        for registering in self.rows.registering.drain(..) {
+            if registering.commit {
+                self.swap.unclaim(registering.len / PAGE);
+            }
+        }
+        self.start_transfers();
+        while self.pager.has_io() {
+            let mut done = Vec::new();
+            if self.reactor.wait(Some(LOOK_AROUND), false, &mut done).is_err() {
+                // Transfers that nobody can wait for may still write to the buffers: keep those for ever.
+                tracing::error!(client = self.client, "swap I/O cannot be waited for; its slots stay taken");
+                let memory = Memory::new(1).map(|spare| std::mem::replace(&mut self.memory, spare));
+                std::mem::forget(memory);
+                break;
+            }
+            done.into_iter().for_each(|completion| self.complete(completion));
+            self.start_transfers();
+        }
+        for number in numbers {
+            let (_, claimed) = self.pager.unregister(number);
+            self.swap.unclaim(claimed);
+        }
+        self.swap.unclaim(self.pager.take_unclaimed());
+    }
+
+    /// Starts transfers that were decided on before the end; everything else no longer matters.
+    fn start_transfers(&mut self) {
+        self.pager.hold_evictions(true);
+        while let Some(action) = self.pager.next_action() {
+            match action {
+                Action::Read(transfer) => self.transfer(transfer, true),
+                Action::Write(transfer) => self.transfer(transfer, false),
+                Action::Map { page, pages, .. } => self.pager.mapped(page, pages, 0, Some(Stop::Gone)),
+                _ => {}
+            }
+        }
+    }
+}
+
+fn overlap() -> Failure {
+    Failure {
+        code: ErrorCode::Invalid,
+        text: "the range overlaps a region that is registered already".to_owned(),
+    }
+}
+

@@ -1,0 +1,151 @@
+//! The daemon's end of a client's ring: asks the agent, and takes its answers.
+//!
+//! What was asked is kept here; nothing that the client can write to is believed. Bytes are copied to a private buffer
+//! before anybody looks at them.
+
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+use std::ptr;
+use std::time::Instant;
+
+use fmalloc_proto::PAGE_SIZE;
+use fmalloc_proto::ring::{BatchKind, Layout, PageResult, Ring, STATE_DONE, STATE_FREE, STATE_REQUESTED};
+use nix::sys::eventfd::EventFd;
+
+use super::memory::Memory;
+use crate::hash::{PageKey, is_zero};
+use crate::pager::page::PageId;
+use crate::pager::{Content, Pager, Store};
+
+/// A batch that the agent has.
+#[derive(Debug, Clone, Copy)]
+struct Asked {
+    kind: BatchKind,
+    count: u32,
+    since: Instant,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub struct AgentRing {
+    ring: Ring,
+    agent: EventFd,
+    daemon: EventFd,
+    asked: Vec<Option<Asked>>,
+}
+
+impl AgentRing {
+    /// Maps the ring, whose header the control plane has written.
+    ///
+    /// # Errors
+    /// What `mmap` says.
+    pub fn new(memfd: &OwnedFd, layout: Layout, agent: EventFd, daemon: EventFd) -> std::io::Result<Self> {
+        let ring = Ring::map(memfd.as_fd(), layout)?;
+        let asked = (0..layout.batches()).map(|_| None).collect();
+        Ok(Self { ring, agent, daemon, asked })
+    }
+
+    /// For polling: rung by the agent.
+    #[must_use]
+    pub fn doorbell(&self) -> RawFd {
+        self.daemon.as_fd().as_raw_fd()
+    }
+
+    /// Makes the doorbell quiet again. Do this before [`AgentRing::collect`], so that no ring is missed.
+    pub fn clear_doorbell(&self) {
+        let _ = nix::unistd::read(self.daemon.as_fd(), &mut [0; 8]);
+    }
+
+    /// Whether the agent has anything to do.
+    #[must_use]
+    pub fn is_busy(&self) -> bool {
+        self.asked.iter().any(Option::is_some)
+    }
+
+    /// Since when the agent owes an answer.
+    #[must_use]
+    pub fn waits_since(&self) -> Option<Instant> {
+        self.asked.iter().flatten().map(|asked| asked.since).min()
+    }
+
+    /// Asks the agent to work on the pages at `addrs`.
+    pub fn ask(&mut self, batch: u32, kind: BatchKind, addrs: impl Iterator<Item = u64>) {
+        let most = self.ring.layout().batch_pages();
+        let mut count = 0;
+        for (index, addr) in (0..most).zip(addrs) {
+            self.ring.set_addr(batch, index, addr);
+            count += 1;
+        }
+        self.ring.set_request(batch, kind, count);
+        self.asked[batch as usize] = Some(Asked { kind, count, since: Instant::now() });
+        self.ring.set_state(batch, STATE_REQUESTED);
+        // A full counter is a ring too.
+        let _ = nix::unistd::write(self.agent.as_fd(), &1_u64.to_ne_bytes());
+    }
+
+    /// Hands the answers of finished batches to the pager.
+    pub fn collect<S: Store>(&mut self, pager: &mut Pager<S>, memory: &Memory, key: &PageKey) {
+        for batch in 0..self.ring.layout().batches() {
+            let Some(asked) = self.asked[batch as usize] else { continue };
+            if self.ring.state(batch) != STATE_DONE {
+                continue;
+            }
+            self.asked[batch as usize] = None;
+            match asked.kind {
+                BatchKind::Evict => self.collect_evicted(batch, asked.count, pager, memory, key),
+                BatchKind::Probe | BatchKind::Protect => {
+                    for index in 0..asked.count {
+                        let page = pager.batch_pages(batch)[index as usize];
+                        let result = PageResult::from_number(self.ring.result(batch, index));
+                        match (asked.kind, result) {
+                            (BatchKind::Protect, _) => pager.protected(page),
+                            (_, Some(PageResult::Present)) => pager.probed(batch, index as usize, page, true),
+                            (_, Some(PageResult::Absent)) => pager.probed(batch, index as usize, page, false),
+                            _ => pager.not_probed(batch, index as usize, page),
+                        }
+                    }
+                }
+            }
+            self.ring.set_state(batch, STATE_FREE);
+            pager.batch_ended(batch);
+        }
+    }
+
+    fn collect_evicted<S: Store>(
+        &self,
+        batch: u32,
+        count: u32,
+        pager: &mut Pager<S>,
+        memory: &Memory,
+        key: &PageKey,
+    ) {
+        let mut spare = None;
+        for index in 0..count {
+            let page: PageId = pager.batch_pages(batch)[index as usize];
+            let result = PageResult::from_number(self.ring.result(batch, index)).unwrap_or(PageResult::Failed);
+            if result != PageResult::Moved {
+                pager.not_evicted(page, result);
+                continue;
+            }
+            let Some(buffer) = spare.take().or_else(|| pager.take_write_buffer()) else {
+                // Not to happen: the pager asks for no more pages than it has buffers. The bytes are in the ring alone.
+                tracing::error!("no buffer for an evicted page: its content is lost");
+                pager.not_evicted(page, PageResult::Absent);
+                continue;
+            };
+            // SAFETY: a page of the ring, into a buffer that nobody else uses. The client may write to the ring meanwhile:
+            // then the copy holds a mixture of its own bytes.
+            unsafe {
+                ptr::copy_nonoverlapping(self.ring.page(batch, index).as_ptr(), memory.buffer(buffer).as_ptr(), PAGE_SIZE);
+            }
+            let bytes = memory.page(buffer);
+            let zero = is_zero(bytes);
+            let content = Content { zero, hash: if zero { 0 } else { key.hash(bytes) } };
+            if !pager.evicted(page, content, buffer) {
+                spare = Some(buffer);
+            }
+        }
+        if let Some(buffer) = spare {
+            pager.give_write_buffer(buffer);
+        }
+    }
+}

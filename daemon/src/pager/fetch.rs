@@ -1,0 +1,203 @@
+//! Reads pages back: the one that is wanted, and windows ahead of sequential readers.
+//!
+//! The pages of a window are mapped as soon as they are read, except the first, which is held back: the fault on it
+//! shows that the reader has come so far, and starts the next window while the reader works through this one.
+
+use fmalloc_proto::messages::Advice;
+
+use super::page::{Buffer, FROM_BUFFER, PageId, RETRIED, State, WANTED};
+use super::{Action, Pager, Store, Transfer};
+
+impl<S: Store> Pager<S> {
+    /// Starts to read a cold page into a frame. False if no buffer is free. The caller has seen a free frame.
+    pub(super) fn fetch_one(&mut self, page: PageId) -> bool {
+        if self.read_buffers.free() == 0 {
+            return false;
+        }
+        self.fetch_run(page, 1, WANTED, false) == 1
+    }
+
+    /// Continues the stream that a fault on `page` belongs to, if any.
+    pub(super) fn read_ahead(&mut self, page: PageId) {
+        let Some(region) = self.regions.get(page.region()) else { return };
+        let (index, advice) = (page.index(), region.advice_at(page.index()));
+        if advice == Advice::Random {
+            return;
+        }
+        let max = (self.read_buffers.len() as u64 / 4).min(self.frames() / 16).max(1);
+        let Some(stream) = self.streams.advance(page.region(), index) else { return };
+        let (mut end, mut window) = (stream.end, stream.window);
+        if advice == Advice::Sequential && window == 0 {
+            window = max / 4;
+        }
+        // Two windows ahead of the reader, so that one is complete while the next is in flight.
+        while end < index + 1 + 2 * window.max(1) {
+            window = (window * 2).clamp(8.min(max), max);
+            let first_is_next = end == index + 1;
+            let asked = self.window(PageId::new(page.region(), end), window, !first_is_next);
+            if asked == 0 {
+                break;
+            }
+            end += asked;
+        }
+        if let Some(stream) = self.streams.last(page.region(), index) {
+            stream.end = end;
+            stream.window = window;
+        }
+    }
+
+    /// Reads the cold ones of up to `want` pages; the first of them is held back if `hold` says so. Gives how many
+    /// pages were looked at; fewer than asked where frames, buffers or the region end.
+    fn window(&mut self, first: PageId, want: u64, hold: bool) -> u64 {
+        let Some((_, run)) = self.regions.place(first) else { return 0 };
+        let end = first.index() + want.min(run);
+        let mut index = first.index();
+        let mut hold = hold;
+        while index < end {
+            let page = PageId::new(first.region(), index);
+            if self.word(page).state() != State::Cold {
+                index += 1;
+                continue;
+            }
+            // Faults come before readahead: leave them frames.
+            let spare = self.free_frames().saturating_sub(self.low_water() / 2);
+            let want = (end - index).min(spare).min(self.read_buffers.free() as u64);
+            let fetched = if want == 0 { 0 } else { self.fetch_run(page, want, 0, hold) };
+            if fetched == 0 {
+                break;
+            }
+            self.stats.pages_readahead += fetched;
+            index += fetched;
+            hold = false;
+        }
+        index - first.index()
+    }
+
+    /// Reads as many of `want` pages as are cold and lie in neighbouring slots, from `first` on. The caller has seen
+    /// that the frames are free. Gives how many.
+    fn fetch_run(&mut self, first: PageId, want: u64, flags: u64, hold_first: bool) -> u64 {
+        let Some(slot) = self.word(first).slot() else { return 0 };
+        let cold = |n: &u64| {
+            let word = self.word(first.plus(*n));
+            word.state() == State::Cold && u64::from(slot) + n == u64::from(word.slot_field())
+        };
+        let neighbours = (0..want).take_while(cold).count();
+        let Some((buffer, count)) = self.read_buffers.take(neighbours) else { return 0 };
+        let op = self.new_op(slot, buffer, hold_first);
+        for n in 0..count {
+            let page = first.plus(n as u64);
+            let into = buffer + Buffer::try_from(n).unwrap_or(0);
+            let word = self.word(page).with_state(State::Fetching).with_buffer(into).without(RETRIED);
+            self.set(page, word.with(flags));
+            self.ops[op as usize].pages.push(page);
+        }
+        let pages = u32::try_from(count).unwrap_or(0);
+        self.out.push_back(Action::Read(Transfer { op, slot, buffer, pages }));
+        count as u64
+    }
+
+    /// The pages of a transfer, in order.
+    #[must_use]
+    pub fn op_pages(&self, op: u32) -> &[PageId] {
+        &self.ops[op as usize].pages
+    }
+
+    /// The buffer of page `n` of a transfer.
+    #[must_use]
+    pub fn op_buffer(&self, op: u32, n: usize) -> Buffer {
+        self.op_entry(op, n).buffer
+    }
+
+    /// Page `n` of read `op` has come; `good` says whether it was read and its hash is right.
+    pub fn page_read(&mut self, op: u32, n: usize, good: bool) {
+        let Op { page, buffer, slot, held } = self.op_entry(op, n);
+        let word = self.word(page);
+        let live = word.state() == State::Fetching && word.buffer() == buffer;
+        if !live {
+            // Discarded meanwhile: what was read is nobody's.
+            self.store.give(slot);
+            self.read_buffers.give(buffer);
+        } else if good {
+            self.stats.pages_in += 1;
+            if held && !word.has(WANTED) {
+                self.set(page, word.with_state(State::Held));
+            } else {
+                self.set(page, word.with_state(State::Mapping).with(FROM_BUFFER));
+                self.map_queue.push_back(page);
+            }
+        } else {
+            self.stats.io_errors += 1;
+            self.read_failed(page, buffer);
+        }
+    }
+
+    fn read_failed(&mut self, page: PageId, buffer: Buffer) {
+        let word = self.word(page);
+        if !word.has(WANTED) {
+            // Nobody has asked for it yet; whoever does will have it read again.
+            self.read_buffers.give(buffer);
+            self.set(page, word.with_state(State::Cold));
+        } else if word.has(RETRIED) {
+            self.read_buffers.give(buffer);
+            let word = self.drop_slot(word).without(RETRIED);
+            self.set(page, word);
+            self.lose(page);
+        } else {
+            self.set(page, word.with(RETRIED));
+            let slot = word.slot_field();
+            let op = self.new_op(slot, buffer, false);
+            self.ops[op as usize].pages.push(page);
+            self.out.push_back(Action::Read(Transfer { op, slot, buffer, pages: 1 }));
+        }
+    }
+
+    /// Read `op` has been answered page by page.
+    pub fn read_ended(&mut self, op: u32) {
+        self.free_ops.push(op);
+        self.serve_waiting();
+        self.continue_willneed();
+    }
+
+    /// Somebody will need these pages soon.
+    pub(super) fn will_need(&mut self, region: u16, range: std::ops::Range<u64>) {
+        self.willneed.push_back((region, range));
+        self.continue_willneed();
+    }
+
+    /// Reads on in ranges that will be needed, as far as frames and buffers allow; what does not fit is left out.
+    fn continue_willneed(&mut self) {
+        while let Some((region, range)) = self.willneed.front().cloned() {
+            let want = (range.end - range.start).min(self.read_buffers.len() as u64 / 4).max(1);
+            let asked = self.window(PageId::new(region, range.start), want, false);
+            let stuck = asked == 0 && self.has_io();
+            if stuck {
+                return; // goes on when a read ends
+            }
+            let Some((_, rest)) = self.willneed.front_mut() else { return };
+            rest.start += asked;
+            if asked == 0 || rest.start >= rest.end {
+                self.willneed.pop_front();
+            }
+        }
+    }
+
+    /// What entry `n` of an operation is about.
+    pub(super) fn op_entry(&self, op: u32, n: usize) -> Op {
+        let (op, n16) = (&self.ops[op as usize], Buffer::try_from(n).unwrap_or(0));
+        Op {
+            page: op.pages[n],
+            buffer: op.buffer + n16,
+            slot: op.slot + u32::from(n16),
+            held: op.hold_first && n == 0,
+        }
+    }
+}
+
+/// One page of an operation.
+pub(super) struct Op {
+    pub(super) page: PageId,
+    pub(super) buffer: Buffer,
+    pub(super) slot: super::Slot,
+    pub(super) held: bool,
+}
+
