@@ -1,1 +1,251 @@
-//! To be written.
+//! The control plane: one thread with a tokio runtime that accepts, authorises, keeps the books of the RAM pool and
+//! answers `fmallocctl`. It touches no client's memory: what could block on that goes to the client's fault thread.
+//!
+//! - `server`: connections in, signals, the end; `listener`: the socket.
+//! - `connection`: messages on one connection; `auth`: who is at its other end.
+//! - `session`: the life of a paging client; `clients`: the list of them; `handover`: the fds they get.
+//! - `operator`: requests of `fmallocctl`.
+//! - `pool`: the books of the RAM pool; `cgroup`: what a client's container can bear.
+
+mod auth;
+mod cgroup;
+mod clients;
+mod connection;
+mod handover;
+mod listener;
+mod operator;
+mod pool;
+mod server;
+mod session;
+mod throttle;
+
+use std::cell::Cell;
+use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail};
+use fmalloc_proto::PAGE;
+use fmalloc_proto::messages::{ErrorCode, Status};
+use fmalloc_proto::num::to_u64;
+use fmalloc_proto::size::Size;
+use nix::fcntl::{FcntlArg, FdFlag, fcntl};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use nix::sys::socket::{SockType, getsockopt, sockopt};
+use tokio::task::LocalSet;
+use tracing::{info, warn};
+
+use crate::config::{Config, Limits, Mode, Service, make_directory_of};
+use crate::swap::{Swap, SwapFile};
+use auth::{Peer, Policy};
+use clients::Clients;
+use connection::{Connection, RecvError, failure};
+use listener::Listener;
+use pool::Pool;
+use throttle::Throttle;
+
+/// A peer that has something to say says it by then.
+const HANDSHAKE: Duration = Duration::from_secs(5);
+/// Requests of one connection that may be under way; beyond these no more are read from it.
+const MAX_OUTSTANDING: usize = 64;
+/// File descriptors that one client may cost the daemon, with some to spare.
+const FDS_PER_CLIENT: usize = 12;
+/// File descriptors for everything else: files, and peers that are being told why they are refused.
+const FDS_BESIDE: usize = 128;
+
+/// What all connections share.
+#[derive(Debug)]
+struct Daemon {
+    config: Config,
+    policy: Policy,
+    swap: Arc<Swap>,
+    pool: Rc<Pool>,
+    clients: Clients,
+    throttle: Throttle,
+    draining: Cell<bool>,
+    started: Instant,
+}
+
+/// Runs the daemon until it is told to end, or its private client has ended.
+///
+/// # Errors
+/// What kept it from starting, with what to do about it.
+pub fn run(mut config: Config) -> anyhow::Result<()> {
+    raise_fd_limit(&mut config.limits);
+    if config.features.io_uring
+        && let Err(error) = io_uring::IoUring::new(2)
+    {
+        warn!("swap I/O goes without io_uring, which the system refuses: {error}");
+        config.features.io_uring = false;
+    }
+    // Both before the swap file, whose creation may take long.
+    let private_socket = match &config.mode {
+        Mode::Service(service) => {
+            prepare_service(service)?;
+            None
+        }
+        Mode::Private(private) => Some(adopt(private.fd)?),
+    };
+    let swap = Arc::new(Swap::new(open_swap(&config)?)?);
+    let daemon = Rc::new(Daemon::new(config, swap));
+    daemon.log_start();
+
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let tasks = LocalSet::new();
+    let result = tasks.block_on(&runtime, async {
+        match (&daemon.config.mode, private_socket) {
+            (Mode::Service(service), _) => server::run(&daemon, Listener::bind(service)?).await,
+            (Mode::Private(_), Some(socket)) => server::run_private(&daemon, socket).await,
+            (Mode::Private(_), None) => Ok(()),
+        }
+    });
+    // The process ends now. A fault thread must not take the end of its session for the end of its client, whose
+    // memory may still be needed by a successor.
+    std::mem::forget(tasks);
+    std::mem::forget(daemon);
+    runtime.shutdown_background();
+    result
+}
+
+fn open_swap(config: &Config) -> anyhow::Result<SwapFile> {
+    Ok(match &config.mode {
+        Mode::Service(service) => SwapFile::open(&service.swap, service.swap_size)?,
+        Mode::Private(private) => SwapFile::temporary(&private.swap_dir, private.swap_size)?,
+    })
+}
+
+fn prepare_service(service: &Service) -> anyhow::Result<()> {
+    for (path, mode) in [(&service.socket, 0o755), (&service.swap, 0o700)] {
+        make_directory_of(path, mode).with_context(|| format!("cannot create the directory of {path:?}"))?;
+    }
+    // Were the daemon killed for want of memory, all its clients would wait for theirs.
+    if let Err(error) = std::fs::write("/proc/self/oom_score_adj", "-900") {
+        tracing::debug!("the OOM score stays as it is: {error}");
+    }
+    Ok(())
+}
+
+/// Takes over the socket that a private daemon was started with.
+fn adopt(fd: RawFd) -> anyhow::Result<OwnedFd> {
+    if fd <= 2 {
+        bail!("--private-fd {fd}: descriptors 0 to 2 are not for sockets");
+    }
+    // SAFETY: fcntl with F_GETFD only looks at the number.
+    if unsafe { libc::fcntl(fd, libc::F_GETFD) } < 0 {
+        bail!("--private-fd {fd}: no such descriptor was inherited");
+    }
+    // SAFETY: it is open, and whoever started this process passed it for this use; nothing else here knows it.
+    let socket = unsafe { OwnedFd::from_raw_fd(fd) };
+    if getsockopt(&socket, sockopt::SockType) != Ok(SockType::SeqPacket) {
+        bail!("--private-fd {fd}: not a SOCK_SEQPACKET socket");
+    }
+    fcntl(&socket, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC))?;
+    Ok(socket)
+}
+
+/// Takes as many file descriptors as the system allows, and no more clients and connections than those suffice for:
+/// beyond that one user's clients would make the others fail.
+fn raise_fd_limit(limits: &mut Limits) {
+    let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE) else { return };
+    let fds = if setrlimit(Resource::RLIMIT_NOFILE, hard, hard).is_ok() { hard } else { soft };
+    let fds = usize::try_from(fds).unwrap_or(usize::MAX);
+    let tools = limits.connections.saturating_sub(limits.clients);
+    let clients = fds.saturating_sub(FDS_BESIDE.saturating_add(tools)) / FDS_PER_CLIENT;
+    if clients < limits.clients {
+        limits.clients = clients.max(1);
+        limits.connections = limits.clients.saturating_add(tools).min(fds / 2);
+        let Limits { clients, connections, .. } = limits;
+        warn!(
+            "{fds} file descriptors suffice for {clients} clients and {connections} connections; raise LimitNOFILE"
+        );
+    }
+}
+
+impl Daemon {
+    fn new(config: Config, swap: Arc<Swap>) -> Self {
+        let (uids, gids) = match &config.mode {
+            Mode::Service(service) => (&service.allow_uids[..], &service.allow_gids[..]),
+            Mode::Private(_) => (&[][..], &[][..]),
+        };
+        Self {
+            policy: Policy::new(nix::unistd::geteuid().as_raw(), uids, gids),
+            swap,
+            pool: Pool::new(config.pool),
+            clients: Clients::default(),
+            throttle: Throttle::new(),
+            draining: Cell::new(false),
+            started: Instant::now(),
+            config,
+        }
+    }
+
+    fn log_start(&self) {
+        let config = &self.config;
+        info!(
+            version = env!("CARGO_PKG_VERSION"),
+            pid = std::process::id(),
+            socket = self.socket_name(),
+            swap = self.swap_name(),
+            swap_size = %Size(self.swap.file.max_bytes()),
+            direct_io = self.swap.file.direct(),
+            io_uring = config.features.io_uring,
+            ram = %Size(config.pool),
+            default_budget = %Size(config.default_budget),
+            max_budget = %Size(config.max_budget),
+            "fmallocd starts"
+        );
+        if self.hands_out_device()
+            && let Err(error) = handover::open_device()
+        {
+            warn!(
+                "clients need a userfaultfd of their own, since /dev/userfaultfd cannot be opened: {error}"
+            );
+        }
+    }
+
+    fn hands_out_device(&self) -> bool {
+        !matches!(&self.config.mode, Mode::Private(private) if private.user_mode_only)
+    }
+
+    fn socket_name(&self) -> String {
+        match &self.config.mode {
+            Mode::Service(service) => service.socket.display().to_string(),
+            Mode::Private(_) => String::new(),
+        }
+    }
+
+    fn swap_name(&self) -> String {
+        self.swap.file.path().map(|path| path.display().to_string()).unwrap_or_default()
+    }
+
+    fn status(&self) -> Status {
+        Status {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            pid: std::process::id(),
+            uptime_seconds: self.started.elapsed().as_secs(),
+            socket: self.socket_name(),
+            swap_path: self.swap_name(),
+            swap_bytes: self.swap.file.max_bytes(),
+            swap_claimed_bytes: self.swap.claimed_pages().saturating_mul(PAGE),
+            swap_used_bytes: self.swap.used_slots().saturating_mul(PAGE),
+            direct_io: self.swap.file.direct(),
+            io_uring: self.config.features.io_uring,
+            pool_bytes: self.pool.size(),
+            pool_granted_bytes: self.pool.granted(),
+            clients: to_u64(self.clients.len()),
+            regions: self.clients.all().iter().map(|client| u64::from(client.regions.get())).sum(),
+            draining: self.draining.get(),
+        }
+    }
+
+    /// Ends a connection that has failed: a peer that broke the protocol is told so.
+    async fn reject(&self, connection: &Connection, peer: &Peer, error: RecvError) {
+        if !matches!(error, RecvError::Closed) && self.throttle.allows() {
+            warn!(pid = peer.pid, uid = peer.uid, "connection ended: {error}");
+        }
+        if let RecvError::Violation { id, text } = error {
+            connection.refuse(id, failure(ErrorCode::Protocol, text)).await;
+        }
+    }
+}

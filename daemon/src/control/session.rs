@@ -1,0 +1,479 @@
+//! A paging client's life on the control thread: Open, Attach, requests, and an end that gives back its grant only
+//! when its fault thread has given back everything else. Requests are pipelined: commands reach the fault thread in
+//! the order in which they came, answers go out as they are ready.
+
+use std::fs::File;
+use std::os::fd::{AsFd, OwnedFd};
+use std::pin::Pin;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use fmalloc_proto::limits::MIN_BUDGET;
+use fmalloc_proto::messages::{
+    Attach, Attached, Budget, Empty, ErrorCode, Failure, Open, Opened, Register, Registered, Reply, Request,
+};
+use fmalloc_proto::ring::Layout;
+use fmalloc_proto::size::Size;
+use fmalloc_proto::validate;
+use tokio::io::unix::AsyncFd;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::task::spawn_local;
+use tokio::time::{MissedTickBehavior, interval, sleep, timeout};
+use tracing::{error, info, warn};
+
+use super::auth::{self, Peer};
+use super::clients::{Client, answer};
+use super::connection::{Connection, Incoming, RecvError, failure, watch};
+use super::handover::{self, Handover};
+use super::{Daemon, HANDSHAKE, MAX_OUTSTANDING, cgroup};
+use crate::fault::{self, Command, Setup, thread::ring_layout};
+
+/// Between Open and Attach a client only makes a userfaultfd, on a machine that may be busy; meanwhile it holds a
+/// grant.
+const ATTACH_TIME: Duration = Duration::from_secs(30);
+/// How often a connected client's fault thread is looked after; it ends by itself only if something broke.
+const WATCH: Duration = Duration::from_secs(1);
+/// The same once the agent has gone: an exec shows in no other way.
+const WATCH_GONE: Duration = Duration::from_millis(50);
+/// First and longest pause while a fault thread is to end.
+const ENDING: (Duration, Duration) = (Duration::from_millis(2), Duration::from_millis(250));
+
+/// How long a new client waits for what others that have ended are about to give back.
+const ENDING_TIME: Duration = Duration::from_secs(2);
+
+/// A reply that is still to come.
+pub(crate) type Pending = Pin<Box<dyn Future<Output = Reply>>>;
+
+/// How a client's service ends.
+enum End {
+    /// The process has ended.
+    Exited,
+    /// The connection has ended; the process may live on.
+    Disconnected,
+    /// The fault thread has ended by itself.
+    ThreadEnded,
+    /// The client has said goodbye, in this request.
+    Goodbye(u32),
+}
+
+/// Serves a paging client from its first request until nothing of it is left.
+pub(crate) async fn run(daemon: Rc<Daemon>, connection: Rc<Connection>, peer: Peer) {
+    let first = match timeout(HANDSHAKE, connection.request()).await {
+        Ok(Ok(first)) => first,
+        Ok(Err(error)) => return daemon.reject(&connection, &peer, error).await,
+        Err(_) => return,
+    };
+    let Request::Open(open) = first.request else {
+        let error = RecvError::violation(first.id, "the first request must be Open");
+        return daemon.reject(&connection, &peer, error).await;
+    };
+    let since = Instant::now();
+    let admitted = loop {
+        match admit(&daemon, &connection, &peer, &open) {
+            // A program that follows upon another should not be refused for what that one is about to give back.
+            Err(Failure { code: ErrorCode::PoolFull | ErrorCode::Limit, .. })
+                if since.elapsed() < ENDING_TIME && daemon.clients.any_ending() =>
+            {
+                sleep(ENDING.0).await;
+            }
+            admitted => break admitted,
+        }
+    };
+    let opened = match admitted {
+        Ok(opened) => opened,
+        Err(failure) => {
+            if daemon.throttle.allows() {
+                warn!(pid = peer.pid, uid = peer.uid, name = open.name, "client refused: {}", failure.text);
+            }
+            return connection.refuse(first.id, failure).await;
+        }
+    };
+    let client = Rc::clone(&opened.client);
+    let (end, exit) = serve(&daemon, &connection, first.id, opened).await;
+    finish(&daemon, &client, &end, &exit).await;
+    if let End::Goodbye(id) = end {
+        let _ = timeout(HANDSHAKE, connection.reply(id, &Reply::Done(Empty {}), &[])).await;
+    }
+    connection.end();
+}
+
+/// What a granted Open has brought about.
+struct Admitted {
+    client: Rc<Client>,
+    exit: AsyncFd<OwnedFd>,
+    handover: Handover,
+    layout: Layout,
+    device: Option<File>,
+}
+
+fn admit(
+    daemon: &Rc<Daemon>,
+    connection: &Rc<Connection>,
+    peer: &Peer,
+    open: &Open,
+) -> Result<Admitted, Failure> {
+    let system = |what: &str, error: std::io::Error| {
+        failure(ErrorCode::System, format!("the daemon cannot {what}: {error}"))
+    };
+    validate::request(&Request::Open(open.clone())).map_err(|error| failure(ErrorCode::Invalid, error))?;
+    if daemon.draining.get() {
+        return Err(draining());
+    }
+    let limits = daemon.config.limits;
+    if daemon.clients.len() >= limits.clients {
+        let text = format!("{} clients are the most that fmallocd takes (max_clients)", limits.clients);
+        return Err(failure(ErrorCode::Limit, text));
+    }
+    if daemon.clients.of_uid(peer.uid) >= limits.clients_per_uid {
+        let (most, uid) = (limits.clients_per_uid, peer.uid);
+        let text = format!("{most} clients are the most that uid {uid} may have (max_clients_per_uid)");
+        return Err(failure(ErrorCode::Limit, text));
+    }
+    let exit =
+        auth::pidfd(connection.as_fd(), peer).map_err(|error| system("watch your process", error.into()))?;
+    let exit = watch(exit).map_err(|error| system("watch your process", error))?;
+    let budget = if open.budget == 0 { default_budget(daemon, peer) } else { open.budget };
+    check_budget(budget, daemon.config.max_budget)?;
+    let grant = daemon.pool.grant(budget).map_err(|error| failure(ErrorCode::PoolFull, error))?;
+    let layout = ring_layout(budget);
+    let handover = Handover::new(layout).map_err(|error| system("make a ring", error))?;
+    // Without it the client makes its userfaultfd by the system call, or says what it lacks.
+    let device = if daemon.hands_out_device() { handover::open_device().ok() } else { None };
+    let client = daemon.clients.enter(peer.clone(), open.name.clone(), grant, Rc::clone(connection));
+    if daemon.throttle.allows() {
+        let budget = Size(budget);
+        info!(client = client.number, pid = peer.pid, uid = peer.uid, name = open.name, %budget, "client opened");
+    }
+    Ok(Admitted { client, exit, handover, layout, device })
+}
+
+/// What a client gets that asks for no certain budget: no more than its control group can bear.
+fn default_budget(daemon: &Daemon, peer: &Peer) -> u64 {
+    let bearable = cgroup::memory_limit(peer.pid).map_or(u64::MAX, |limit| limit / 4 * 3);
+    daemon.config.default_budget.min(bearable.max(MIN_BUDGET))
+}
+
+pub(crate) fn check_budget(bytes: u64, most: u64) -> Result<(), Failure> {
+    if bytes <= most {
+        return Ok(());
+    }
+    let text =
+        format!("a budget of {} is more than a client may have, {} (max_budget)", Size(bytes), Size(most));
+    Err(failure(ErrorCode::Limit, text))
+}
+
+fn draining() -> Failure {
+    failure(
+        ErrorCode::Draining,
+        "fmallocd is shutting down and takes no new clients; connect to its successor",
+    )
+}
+
+/// From the answer to Open until the client's service must end.
+async fn serve(
+    daemon: &Rc<Daemon>,
+    connection: &Rc<Connection>,
+    open_id: u32,
+    opened: Admitted,
+) -> (End, AsyncFd<OwnedFd>) {
+    let Admitted { client, exit, handover, layout, device } = opened;
+    let reply = Reply::Opened(Opened {
+        client: client.number,
+        budget: client.grant.bytes(),
+        ring_batches: layout.batches(),
+        ring_batch_pages: layout.batch_pages(),
+        device: device.is_some(),
+    });
+    let until_attach = async {
+        if connection.reply(open_id, &reply, &handover.fds(device.as_ref())).await.is_err() {
+            return Err(End::Disconnected);
+        }
+        drop(device);
+        receive_attach(daemon, connection, &client).await
+    };
+    let received = tokio::select! {
+        received = timeout(ATTACH_TIME, until_attach) => received.unwrap_or(Err(End::Disconnected)),
+        _ = exit.readable() => Err(End::Exited),
+    };
+    // From here on nothing is cancelled: a fault thread that was started must be known.
+    let attached = match received {
+        Ok(received) => attach(daemon, connection, &client, received, handover, layout).await,
+        Err(end) => Err(end),
+    };
+    let end = match attached {
+        Ok(()) => requests(daemon, connection, &client, &exit).await,
+        Err(end) => end,
+    };
+    (end, exit)
+}
+
+/// A client's Attach, with a descriptor that is a userfaultfd.
+struct Received {
+    id: u32,
+    attach: Attach,
+    uffd: OwnedFd,
+}
+
+async fn receive_attach(
+    daemon: &Rc<Daemon>,
+    connection: &Rc<Connection>,
+    client: &Client,
+) -> Result<Received, End> {
+    let error = match connection.request().await {
+        Ok(Incoming { id, request: Request::Goodbye(_), .. }) => return Err(End::Goodbye(id)),
+        Ok(Incoming { id, request: Request::Attach(attach), mut fds }) => match fds.pop() {
+            Some(uffd) if handover::is_userfaultfd(uffd.as_fd()) => return Ok(Received { id, attach, uffd }),
+            _ => RecvError::violation(id, "what came with Attach is not a userfaultfd"),
+        },
+        Ok(Incoming { id, .. }) => RecvError::violation(id, "the second request must be Attach"),
+        Err(error) => error,
+    };
+    daemon.reject(connection, &client.peer, error).await;
+    Err(End::Disconnected)
+}
+
+/// Starts the client's fault thread.
+async fn attach(
+    daemon: &Rc<Daemon>,
+    connection: &Rc<Connection>,
+    client: &Client,
+    received: Received,
+    handover: Handover,
+    layout: Layout,
+) -> Result<(), End> {
+    let Received { id, attach, uffd } = received;
+    let pid = client.peer.pid;
+    let setup = Setup {
+        client: client.number,
+        pid: u32::try_from(pid).unwrap_or(0),
+        agent_tid: attach.agent_tid,
+        budget: client.grant.bytes(),
+        uffd,
+        ring: handover.ring,
+        layout,
+        agent_doorbell: handover.agent_doorbell,
+        daemon_doorbell: handover.daemon_doorbell,
+        swap: Arc::clone(&daemon.swap),
+        features: daemon.config.features,
+    };
+    // The handshake with the kernel may take its time: not on this thread.
+    let spawned = tokio::task::spawn_blocking(|| fault::spawn(setup)).await;
+    let handle = match spawned.map_err(anyhow::Error::from).and_then(|handle| handle) {
+        Ok(handle) => handle,
+        Err(error) => {
+            let text = format!("fmallocd cannot page this process: {error:#}");
+            if daemon.throttle.allows() {
+                warn!(client = client.number, pid, "{text}");
+            }
+            connection.refuse(id, failure(ErrorCode::Unsupported, text)).await;
+            return Err(End::Disconnected);
+        }
+    };
+    let reply = Reply::Attached(Attached { poison: handle.poison });
+    client.attach(handle);
+    connection.reply(id, &reply, &[]).await.map_err(|_| End::Disconnected)
+}
+
+/// Serves requests until the client's service must end.
+async fn requests(
+    daemon: &Rc<Daemon>,
+    connection: &Rc<Connection>,
+    client: &Rc<Client>,
+    exit: &AsyncFd<OwnedFd>,
+) -> End {
+    let outstanding = Arc::new(Semaphore::new(MAX_OUTSTANDING));
+    let mut watch = interval(WATCH);
+    watch.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        let incoming = tokio::select! {
+            _ = exit.readable() => return End::Exited,
+            _ = watch.tick() => {
+                if client.has_ended() {
+                    return End::ThreadEnded;
+                }
+                continue;
+            }
+            incoming = next(connection, &outstanding) => incoming,
+        };
+        let (id, request, permit) = match incoming {
+            Ok((incoming, permit)) => (incoming.id, incoming.request, permit),
+            Err(error) => {
+                daemon.reject(connection, &client.peer, error).await;
+                return End::Disconnected;
+            }
+        };
+        if matches!(request, Request::Goodbye(_)) && !client.holds_memory() {
+            return End::Goodbye(id);
+        }
+        match dispatch(daemon, client, request) {
+            Ok(pending) => answer_later(connection, id, pending, permit),
+            Err(text) => {
+                daemon.reject(connection, &client.peer, RecvError::violation(id, text)).await;
+                return End::Disconnected;
+            }
+        }
+    }
+}
+
+/// The next request, once there are few enough outstanding.
+pub(crate) async fn next(
+    connection: &Connection,
+    outstanding: &Arc<Semaphore>,
+) -> Result<(Incoming, OwnedSemaphorePermit), RecvError> {
+    let permit = Arc::clone(outstanding).acquire_owned().await.map_err(|_| RecvError::Closed)?;
+    Ok((connection.request().await?, permit))
+}
+
+/// Sends a reply when it is ready; the permit is held until then.
+pub(crate) fn answer_later(
+    connection: &Rc<Connection>,
+    id: u32,
+    pending: Pending,
+    permit: OwnedSemaphorePermit,
+) {
+    let connection = Rc::clone(connection);
+    spawn_local(async move {
+        let reply = pending.await;
+        // A peer that has gone is noticed where requests are read.
+        let _ = connection.reply(id, &reply, &[]).await;
+        drop(permit);
+    });
+}
+
+/// A reply that is ready.
+pub(crate) fn now(reply: Reply) -> Pending {
+    Box::pin(std::future::ready(reply))
+}
+
+/// Starts on a request; an error is a breach of the protocol.
+fn dispatch(daemon: &Rc<Daemon>, client: &Rc<Client>, request: Request) -> Result<Pending, &'static str> {
+    if let Err(error) = validate::request(&request) {
+        return Ok(now(Reply::Error(failure(ErrorCode::Invalid, error))));
+    }
+    Ok(match request {
+        Request::Register(register) => start_register(daemon, client, register),
+        Request::Commit(range) => done(client.ask(|answer| Command::Commit { range, answer })),
+        Request::Decommit(range) => done(client.ask(|answer| Command::Decommit { range, answer })),
+        Request::Unregister(which) => start_unregister(client, which.region),
+        Request::Advise(advise) => {
+            let (range, advice) = (advise.range, advise.advice);
+            done(client.ask(|answer| Command::Advise { range, advice, answer }))
+        }
+        Request::Stats(_) => now(Reply::Stats(client.stats())),
+        Request::SetBudget(Budget { bytes }) => {
+            let (client, most) = (Rc::clone(client), daemon.config.max_budget);
+            Box::pin(async move {
+                if let Err(failure) = check_budget(bytes, most) {
+                    return Reply::Error(failure);
+                }
+                match client.set_budget(bytes).await {
+                    Ok(()) => Reply::Budget(Budget { bytes }),
+                    Err(failure) => Reply::Error(failure),
+                }
+            })
+        }
+        Request::Ping(_) => now(Reply::Done(Empty {})),
+        Request::Goodbye(_) => {
+            let text =
+                format!("{} regions are still registered; unregister them first", client.regions.get());
+            now(Reply::Error(failure(ErrorCode::Invalid, text)))
+        }
+        Request::Open(_) | Request::Attach(_) => return Err("a client opens and attaches once"),
+        Request::Status(_)
+        | Request::Clients(_)
+        | Request::Regions(_)
+        | Request::Limit(_)
+        | Request::Evict(_) => return Err("requests of fmallocctl need a connection of their own"),
+    })
+}
+
+fn start_register(daemon: &Daemon, client: &Rc<Client>, register: Register) -> Pending {
+    let most = daemon.config.limits.regions;
+    if client.regions.get() >= most {
+        let text = format!("{most} regions are the most that a client may have (max_regions)");
+        return now(Reply::Error(failure(ErrorCode::Limit, text)));
+    }
+    client.regions.update(|regions| regions + 1);
+    let Register { addr, len, commit, label } = register;
+    let awaited = client.ask(|answer| Command::Register { addr, len, commit, label, answer });
+    let client = Rc::clone(client);
+    Box::pin(async move {
+        match answer(awaited).await {
+            Ok(region) => Reply::Registered(Registered { region }),
+            Err(failure) => {
+                client.regions.update(|regions| regions - 1);
+                Reply::Error(failure)
+            }
+        }
+    })
+}
+
+fn start_unregister(client: &Rc<Client>, region: u32) -> Pending {
+    let awaited = client.ask(|answer| Command::Unregister { region, answer });
+    let client = Rc::clone(client);
+    Box::pin(async move {
+        match answer(awaited).await {
+            Ok(()) => {
+                client.regions.update(|regions| regions.saturating_sub(1));
+                Reply::Done(Empty {})
+            }
+            Err(failure) => Reply::Error(failure),
+        }
+    })
+}
+
+fn done(awaited: super::clients::Awaited<()>) -> Pending {
+    Box::pin(async move {
+        match answer(awaited).await {
+            Ok(()) => Reply::Done(Empty {}),
+            Err(failure) => Reply::Error(failure),
+        }
+    })
+}
+
+/// Sees a client off: the fault thread gives slots and claims back, then the grant goes back to the pool.
+async fn finish(daemon: &Daemon, client: &Client, end: &End, exit: &AsyncFd<OwnedFd>) {
+    match end {
+        End::Exited | End::Goodbye(_) => client.send(Command::Stop),
+        End::ThreadEnded => {}
+        End::Disconnected => {
+            client.connection.end();
+            client.send(Command::AgentGone);
+            // Its memory is still in use: by a process that lost its agent, or that runs on without the socket. Slots
+            // are given back when the process has ended, or now if there are none.
+            while client.holds_memory() && !client.has_ended() {
+                tokio::select! {
+                    _ = exit.readable() => break,
+                    () = sleep(WATCH_GONE) => {}
+                }
+            }
+            client.send(Command::Stop);
+        }
+    }
+    client.ending.set(true);
+    let (mut pause, longest) = ENDING;
+    while !client.has_ended() {
+        sleep(pause).await;
+        pause = (pause * 2).min(longest);
+    }
+    let attached = client.is_attached();
+    if !client.join() {
+        error!(
+            client = client.number,
+            pid = client.peer.pid,
+            "the fault thread panicked: please report this"
+        );
+    }
+    daemon.clients.remove(client);
+    if daemon.throttle.allows() {
+        let how = match end {
+            End::Exited => "its process ended",
+            End::Disconnected if !attached => "it never attached",
+            End::Disconnected => "it disconnected",
+            End::ThreadEnded => "its fault thread ended",
+            End::Goodbye(_) => "it said goodbye",
+        };
+        info!(client = client.number, pid = client.peer.pid, name = client.name, "client left: {how}");
+    }
+}
