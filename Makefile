@@ -1,0 +1,30 @@
+# `make` lists what there is.
+.PHONY: help setup build demo test lint
+
+help:
+	@echo "make demo    sort 512 MiB of this machine's text within 64 MiB of RAM (FMALLOC_DEMO_MIB=... for another size)"
+	@echo "make test    all tests; run it as root, for a full userfaultfd"
+	@echo "make lint    formatting, clippy, documentation, licences"
+	@echo "make build   release binaries, in target/release"
+	@echo "make setup   install what the build needs; the others do this first"
+
+setup:
+	@.ci/setup
+
+build: setup
+	cargo build --release --workspace --bins --examples
+
+demo: build
+	@tests/demo/run.sh
+
+# In the dev profile, which is optimised a little and has overflow checks and debug assertions. The daemon and the
+# helper programs are built first: tests of one package run binaries of another.
+test: setup
+	@[ -w /dev/userfaultfd ] || echo "test: no access to /dev/userfaultfd: tests that need it say so and are skipped (with CI=true they fail)"
+	cargo build --workspace --bins --examples
+	@if cargo nextest --version >/dev/null 2>&1; then set -x; cargo nextest run --workspace --all-targets; \
+	else set -x; cargo test --workspace --all-targets; fi
+	cargo test --workspace --doc
+
+lint: setup
+	@.ci/lint
