@@ -2,14 +2,12 @@
 //! was cut is an error. All calls work on blocking and non-blocking sockets and are thread-safe; waiting for
 //! readiness is the caller's.
 
-use std::io::{IoSlice, IoSliceMut};
+use std::io::IoSlice;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::path::Path;
 
 use nix::errno::Errno;
-use nix::sys::socket::{
-    self, AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, UnixAddr,
-};
+use nix::sys::socket::{self, AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, UnixAddr};
 use thiserror::Error;
 
 use crate::limits::{MAX_FDS, MAX_MESSAGE};
@@ -81,31 +79,51 @@ pub fn send(socket: BorrowedFd<'_>, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> Res
 /// See [`TransportError`].
 pub fn recv(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> Result<(usize, Vec<OwnedFd>), TransportError> {
     let mut control = nix::cmsg_space!([RawFd; SCM_MAX_FD]);
-    let mut parts = [IoSliceMut::new(buffer)];
-    let flags = MsgFlags::MSG_CMSG_CLOEXEC;
-    let message = loop {
-        match socket::recvmsg::<()>(socket.as_raw_fd(), &mut parts, Some(&mut control), flags) {
-            Ok(message) => break message,
+    let mut part = libc::iovec { iov_base: buffer.as_mut_ptr().cast(), iov_len: buffer.len() };
+    // SAFETY: all-zero is a valid msghdr.
+    let mut header: libc::msghdr = unsafe { std::mem::zeroed() };
+    header.msg_iov = &raw mut part;
+    header.msg_iovlen = 1;
+    header.msg_control = control.as_mut_ptr().cast();
+    header.msg_controllen = control.capacity();
+    let bytes = loop {
+        // SAFETY: the header describes live buffers of the lengths it gives.
+        let got = unsafe { libc::recvmsg(socket.as_raw_fd(), &raw mut header, libc::MSG_CMSG_CLOEXEC) };
+        match Errno::result(got) {
+            Ok(got) => break usize::try_from(got).unwrap_or(0),
             Err(Errno::EINTR) => {}
             Err(errno) => return Err(errno.into()),
         }
     };
-    let mut fds = Vec::new();
-    if let Ok(messages) = message.cmsgs() {
-        for control in messages {
-            if let ControlMessageOwned::ScmRights(raw) = control {
-                // SAFETY: the kernel has just installed these descriptors for us; nobody else owns them.
-                fds.extend(raw.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }));
-            }
-        }
-    }
-    if fds.len() > MAX_FDS || message.flags.intersects(MsgFlags::MSG_CTRUNC | MsgFlags::MSG_TRUNC) {
+    // SAFETY: the kernel has just filled the header in.
+    let fds = unsafe { take_fds(&header) };
+    if fds.len() > MAX_FDS || header.msg_flags & (libc::MSG_CTRUNC | libc::MSG_TRUNC) != 0 {
         return Err(TransportError::Truncated);
     }
-    if message.bytes == 0 {
-        return Err(TransportError::Closed);
+    if bytes == 0 { Err(TransportError::Closed) } else { Ok((bytes, fds)) }
+}
+
+/// Takes every fd that a received packet carries, also where the list was cut for want of free descriptors.
+///
+/// # Safety
+/// The header must be as `recvmsg` left it, and nobody else may have taken its fds.
+unsafe fn take_fds(header: &libc::msghdr) -> Vec<OwnedFd> {
+    let mut fds = Vec::new();
+    // SAFETY: the macros stay within the control buffer that the kernel filled in; each fd in it is new and ours.
+    unsafe {
+        let mut control = libc::CMSG_FIRSTHDR(header);
+        while let Some(message) = control.as_ref() {
+            if message.cmsg_level == libc::SOL_SOCKET && message.cmsg_type == libc::SCM_RIGHTS {
+                let data = libc::CMSG_DATA(control).cast::<RawFd>();
+                let len = message.cmsg_len.saturating_sub(data as usize - control as usize);
+                for place in 0..len / size_of::<RawFd>() {
+                    fds.push(OwnedFd::from_raw_fd(data.add(place).read_unaligned()));
+                }
+            }
+            control = libc::CMSG_NXTHDR(header, control);
+        }
     }
-    Ok((message.bytes, fds))
+    fds
 }
 
 /// Connects to the daemon's socket at `path`; the result is blocking and close-on-exec.
@@ -113,8 +131,7 @@ pub fn recv(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> Result<(usize, Vec<Own
 /// # Errors
 /// The errno of the failing call: ENOENT and ECONNREFUSED mean that no daemon listens there.
 pub fn connect(path: &Path) -> Result<OwnedFd, Errno> {
-    let socket =
-        socket::socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None)?;
+    let socket = socket::socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None)?;
     socket::connect(socket.as_raw_fd(), &UnixAddr::new(path)?)?;
     Ok(socket)
 }

@@ -57,7 +57,7 @@ mode=()
 export FMALLOC_DAEMON=$target/release/fmallocd FMALLOC_SWAP_DIR=$work/swap FMALLOC_DAEMON_LOG=$work/fmallocd.log
 
 # Value of a field in KiB, or nothing if the process has ended.
-field() { sed -n "s/^$2: *\([0-9]*\) kB/\1/p" "$1" 2>/dev/null || true; }
+field() { sed -n "s/^$2:[[:space:]]*\([0-9]*\) kB/\1/p" "$1" 2>/dev/null || true; }
 
 echo "demo: sorting within $budget MiB of RAM"
 "$target/release/examples/sort_lines" --ram "${budget}M" --output "$work/sorted" --stats-json "$work/stats.json" \

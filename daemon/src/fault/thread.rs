@@ -174,8 +174,9 @@ impl FaultThread {
     fn serve(&mut self) -> std::io::Result<()> {
         while !self.stopping {
             self.act();
-            self.answer();
+            // Figures first: who gets an answer may look at them at once.
             self.publish();
+            self.answer();
             if self.stopping {
                 break;
             }

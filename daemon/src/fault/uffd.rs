@@ -47,10 +47,22 @@ struct Fill {
     done: i64,
 }
 
-nix::ioctl_readwrite!(uffdio_api, 0xaa, 0x3f, Api);
-nix::ioctl_readwrite!(uffdio_copy, 0xaa, 0x03, Copy);
-nix::ioctl_readwrite!(uffdio_zeropage, 0xaa, 0x04, Fill);
-nix::ioctl_readwrite!(uffdio_poison, 0xaa, 0x08, Fill);
+mod raw {
+    use super::{Api, Copy, Fill};
+
+    nix::ioctl_readwrite!(
+        /// UFFDIO_API: the handshake.
+        uffdio_api, 0xaa, 0x3f, Api);
+    nix::ioctl_readwrite!(
+        /// UFFDIO_COPY: maps copies of pages.
+        uffdio_copy, 0xaa, 0x03, Copy);
+    nix::ioctl_readwrite!(
+        /// UFFDIO_ZEROPAGE: maps the zero page.
+        uffdio_zeropage, 0xaa, 0x04, Fill);
+    nix::ioctl_readwrite!(
+        /// UFFDIO_POISON: makes accesses fail.
+        uffdio_poison, 0xaa, 0x08, Fill);
+}
 
 /// What the kernel tells.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -112,7 +124,7 @@ impl ClientUffd {
         let attempt = |features| {
             let mut api = Api { api: 0xaa, features, ioctls: 0 };
             // SAFETY: the structure is the kernel's, and the fd is ours.
-            unsafe { uffdio_api(fd.as_raw_fd(), &raw mut api) }
+            unsafe { raw::uffdio_api(fd.as_raw_fd(), &raw mut api) }
         };
         let poison = poison && attempt(wanted.bits() | POISON_FEATURE).is_ok();
         if !poison {
@@ -160,7 +172,7 @@ impl ClientUffd {
             let mut copy = Copy { dst, src, len: (pages - mapped) * PAGE, mode: 0, done: 0 };
             // SAFETY: the structure is the kernel's; `src` has `pages` readable pages, as callers promise by their
             // buffers; the kernel checks the address in the client.
-            let result = unsafe { uffdio_copy(self.raw(), &raw mut copy) };
+            let result = unsafe { raw::uffdio_copy(self.raw(), &raw mut copy) };
             match outcome(result, copy.done, pages - mapped) {
                 (done, None) => mapped += done,
                 (done, stop) => return (mapped + done, stop),
@@ -173,7 +185,7 @@ impl ClientUffd {
     pub fn poison_page(&self, addr: u64) -> Option<Stop> {
         let mut fill = Fill { start: addr, len: PAGE, mode: 0, done: 0 };
         // SAFETY: the structure is the kernel's; it checks the address in the client.
-        let result = unsafe { uffdio_poison(self.raw(), &raw mut fill) };
+        let result = unsafe { raw::uffdio_poison(self.raw(), &raw mut fill) };
         outcome(result, fill.done, 1).1
     }
 
@@ -182,7 +194,7 @@ impl ClientUffd {
     pub fn test(&self) -> Option<Stop> {
         let mut fill = Fill { start: NOWHERE, len: PAGE, mode: 0, done: 0 };
         // SAFETY: the structure is the kernel's; nothing of ours is at this address in the client, so nothing happens.
-        match unsafe { uffdio_zeropage(self.raw(), &raw mut fill) } {
+        match unsafe { raw::uffdio_zeropage(self.raw(), &raw mut fill) } {
             Err(Errno::EAGAIN) => Some(Stop::Again),
             Err(Errno::ESRCH) => Some(Stop::Gone),
             _ => None,

@@ -49,6 +49,9 @@ impl Ranges {
 
     /// Takes `range` out.
     pub fn remove(&mut self, range: Range<u64>) {
+        if range.is_empty() {
+            return;
+        }
         while let Some((&s, &e)) =
             self.by_start.range(..range.end).next_back().filter(|(_, e)| **e > range.start)
         {

@@ -66,8 +66,8 @@ impl Slots {
     pub fn cursor(&self, n: u64) -> Cursor {
         let words = (self.capacity() / WORD_SLOTS).max(1);
         // The golden ratio spreads any number of starting points evenly.
-        let spread = u128::from(n.wrapping_mul(0x9e37_79b9_7f4a_7c15)) * u128::from(words) >> 64;
-        Cursor { next: u64::try_from(spread).unwrap_or(0) * WORD_SLOTS }
+        let spread = u128::from(n.wrapping_mul(0x9e37_79b9_7f4a_7c15)) * u128::from(words);
+        Cursor { next: u64::try_from(spread >> 64).unwrap_or(0) * WORD_SLOTS }
     }
 
     /// Takes up to `want` neighbouring slots, at most 64, and gives the first and how many. None if all are taken.
@@ -141,7 +141,7 @@ impl Slots {
         while step <= words {
             let word = (first + step) % words;
             let group = word / GROUP_WORDS;
-            if word % GROUP_WORDS == 0 && self.groups[group].load(Ordering::Relaxed) >= full {
+            if word.is_multiple_of(GROUP_WORDS) && self.groups[group].load(Ordering::Relaxed) >= full {
                 step += GROUP_WORDS.min(words - word);
                 continue;
             }
