@@ -1,11 +1,14 @@
 # `make` lists what there is.
-.PHONY: help setup build demo test lint
+.PHONY: help setup build demo test lint install uninstall deb
 
 help:
 	@echo "make demo    sort 512 MiB of this machine's text within 64 MiB of RAM (FMALLOC_DEMO_MIB=... for another size)"
 	@echo "make test    all tests; run it as root, for a full userfaultfd"
 	@echo "make lint    formatting, clippy, documentation, licences"
 	@echo "make build   release binaries, in target/release"
+	@echo "make install the programs, the service, man pages and completions, after make build (DESTDIR=, PREFIX=/usr/local)"
+	@echo "make uninstall"
+	@echo "make deb     a Debian package, in target/deb"
 	@echo "make setup   install what the build needs; the others do this first"
 
 setup:
@@ -28,3 +31,13 @@ test: setup
 
 lint: setup
 	@.ci/lint
+
+# No build here: it may run as a root that has no cargo.
+install:
+	@DESTDIR="$(DESTDIR)" PREFIX="$(PREFIX)" systemd/install
+
+uninstall:
+	@DESTDIR="$(DESTDIR)" PREFIX="$(PREFIX)" systemd/install uninstall
+
+deb: build
+	@systemd/make-deb

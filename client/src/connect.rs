@@ -8,8 +8,9 @@ use std::time::{Duration, Instant};
 use fmalloc_proto::codec;
 use fmalloc_proto::hello::{Hello, HelloReply, Role};
 use fmalloc_proto::limits::MAX_MESSAGE;
-use fmalloc_proto::messages::{Attach, Open, Opened, Reply, Request};
+use fmalloc_proto::messages::{Attach, Open, Opened, Reply, Request, Staging};
 use fmalloc_proto::ring::{Layout, Ring, has_len};
+use fmalloc_proto::switches::Disabled;
 use fmalloc_proto::transport::{self, TransportError};
 use nix::errno::Errno;
 
@@ -39,6 +40,8 @@ pub(crate) struct Wanted {
     pub(crate) budget: u64,
     /// A userfaultfd that cannot serve system calls will do.
     pub(crate) user_mode_only: bool,
+    /// Features of the kernel that are not to be used.
+    pub(crate) disabled: Disabled,
 }
 
 /// What the daemon gave.
@@ -164,9 +167,9 @@ pub(crate) fn make_uffd(device: Option<&OwnedFd>, user_mode_only: bool) -> Resul
 ///
 /// # Errors
 /// The daemon's refusal, or [`Error::Conversation`].
-pub(crate) fn attach(socket: BorrowedFd<'_>, uffd: &Uffd) -> Result<(), Error> {
+pub(crate) fn attach(socket: BorrowedFd<'_>, uffd: &Uffd, staging: Option<Staging>) -> Result<(), Error> {
     let agent_tid = u32::try_from(sys::thread_id()).unwrap_or(0);
-    match ask(socket, 2, &Request::Attach(Attach { agent_tid }), &[uffd.as_fd()])? {
+    match ask(socket, 2, &Request::Attach(Attach { agent_tid, staging }), &[uffd.as_fd()])? {
         (Reply::Attached(_), _) => Ok(()),
         (other, _) => Err(unexpected(&other)),
     }

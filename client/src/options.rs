@@ -4,6 +4,9 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 
 use fmalloc_proto::limits::MAX_NAME;
+use fmalloc_proto::switches::{DISABLE, Disabled, UnknownWord};
+
+use crate::error::Error;
 
 /// How to connect to a daemon that runs already.
 #[derive(Debug, Clone, Default)]
@@ -49,6 +52,18 @@ pub(crate) fn variable(name: &str) -> Option<OsString> {
     // SAFETY: reads a value that the kernel gave to this process.
     let raised = unsafe { libc::getauxval(libc::AT_SECURE) } != 0;
     if raised { None } else { std::env::var_os(name).filter(|value| !value.is_empty()) }
+}
+
+/// Features of the kernel that FMALLOC_DISABLE names, not to be used.
+///
+/// # Errors
+/// [`Error::Invalid`] for a word that it does not know.
+pub(crate) fn disabled() -> Result<Disabled, Error> {
+    let words = variable(DISABLE).unwrap_or_default();
+    words
+        .to_string_lossy()
+        .parse()
+        .map_err(|error: UnknownWord| Error::invalid(format!("{DISABLE}: {error}")))
 }
 
 /// The name to give to the daemon: short, and without control characters.

@@ -13,15 +13,15 @@ use crate::error::Error;
 use crate::health::Health;
 use crate::herald::Herald;
 use crate::link::Link;
-use crate::options::{ConnectOptions, PrivateOptions, client_name};
+use crate::options::{ConnectOptions, PrivateOptions, client_name, disabled};
 use crate::spawn::Launch;
 
 /// A connection to a daemon that pages this process's regions within one budget. Clones are the same pager; all of it
 /// may be used from any thread. The connection ends when the last clone and the last region are dropped.
 ///
 /// Behind it run two threads with all signals blocked: `fmalloc-agent`, which evicts pages when the daemon asks, and
-/// `fmalloc-herald`, which writes one line to stderr if the daemon is lost. In a forked child neither exists, and every
-/// call gives [`Error::Forked`].
+/// `fmalloc-herald`, which writes one line to stderr if the daemon is lost; before Linux 6.8 also `fmalloc-aide`, which
+/// evicts in the agent's place. In a forked child none exists, and every call gives [`Error::Forked`].
 #[derive(Debug, Clone)]
 pub struct Pager(Arc<Inner>);
 
@@ -51,6 +51,7 @@ impl Pager {
             name: client_name(options.name.as_deref()),
             budget: options.budget.unwrap_or(0),
             user_mode_only: options.user_mode_only,
+            disabled: disabled()?,
         };
         Self::start(Route::Sockets(connect::sockets(options.socket.as_deref())), wanted)
     }
@@ -67,6 +68,7 @@ impl Pager {
             name: client_name(options.name.as_deref()),
             budget: options.budget,
             user_mode_only: options.user_mode_only,
+            disabled: disabled()?,
         };
         Self::start(Route::Private(Box::new(Launch::new(options)?)), wanted)
     }

@@ -5,16 +5,20 @@ use std::ffi::c_void;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::time::Duration;
 
+use fmalloc_proto::PAGE;
 use fmalloc_proto::num::to_usize;
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, open};
 use nix::sys::stat::Mode;
 
+/// `UFFD_FEATURE_PAGEFAULT_FLAG_WP`: the kernel tells of writes to protected pages (Linux 5.7).
+pub(crate) const FEATURE_WRITE_PROTECT: u64 = 1;
 /// `UFFD_FEATURE_MOVE`: the kernel has UFFDIO_MOVE (Linux 6.8).
 pub(crate) const FEATURE_MOVE: u64 = 1 << 16;
 
 const API: u64 = 0xAA;
 const REGISTER_MODE_MISSING: u64 = 1;
+const REGISTER_MODE_WRITE_PROTECT: u64 = 2;
 const MOVE_MODE_DONTWAKE: u64 = 1;
 const USER_MODE_ONLY: i32 = 1;
 
@@ -53,14 +57,19 @@ mod raw {
         pub moved: i64,
     }
 
-    #[cfg(test)]
+    #[repr(C)]
+    pub struct Protect {
+        pub start: u64,
+        pub len: u64,
+        pub mode: u64,
+    }
+
     #[repr(C)]
     pub struct Range {
         pub start: u64,
         pub len: u64,
     }
 
-    #[cfg(test)]
     #[repr(C)]
     pub struct Copy {
         pub dst: u64,
@@ -72,12 +81,13 @@ mod raw {
 
     #[cfg(test)]
     nix::ioctl_read!(wake, 0xAA, 0x02, Range);
-    #[cfg(test)]
     nix::ioctl_readwrite!(copy, 0xAA, 0x03, Copy);
     nix::ioctl_readwrite!(handshake, 0xAA, 0x3F, Handshake);
     nix::ioctl_readwrite!(register, 0xAA, 0x00, Register);
+    nix::ioctl_read!(unregister, 0xAA, 0x01, Range);
     nix::ioctl_readwrite!(zeropage, 0xAA, 0x04, Map);
     nix::ioctl_readwrite!(move_pages, 0xAA, 0x05, Move);
+    nix::ioctl_readwrite!(write_protect, 0xAA, 0x06, Protect);
     nix::ioctl_readwrite!(map_existing, 0xAA, 0x07, Map);
     nix::ioctl_write_int_bad!(new_from_device, nix::request_code_none!(0xAA, 0x00));
 }
@@ -123,11 +133,37 @@ impl Uffd {
         Ok(request.features)
     }
 
-    /// Registers a mapping for missing pages.
-    pub(crate) fn register(&self, start: u64, len: u64) -> Result<(), Errno> {
-        let mut request = raw::Register { start, len, mode: REGISTER_MODE_MISSING, ioctls: 0 };
+    /// Registers a mapping for missing pages, and for writes to protected ones if `write_protect` says so.
+    pub(crate) fn register(&self, start: u64, len: u64, write_protect: bool) -> Result<(), Errno> {
+        let more = if write_protect { REGISTER_MODE_WRITE_PROTECT } else { 0 };
+        let mut request = raw::Register { start, len, mode: REGISTER_MODE_MISSING | more, ioctls: 0 };
         // SAFETY: as above; registration changes how faults are served, no memory.
         unsafe { raw::register(self.raw(), &raw mut request) }.map(drop)
+    }
+
+    /// Ends the registration of a range, and wakes who waits there.
+    pub(crate) fn unregister(&self, start: u64, len: u64) -> Result<(), Errno> {
+        let mut request = raw::Range { start, len };
+        // SAFETY: as above.
+        unsafe { raw::unregister(self.raw(), &raw mut request) }.map(drop)
+    }
+
+    /// Lets writes to the present pages of a registered range wait, or lets them go on. ENOENT: not all of it is
+    /// registered so, or (before Linux 6.3) it spans mappings. EAGAIN: mappings are changing.
+    pub(crate) fn write_protect(&self, start: u64, len: u64, protect: bool) -> Result<(), Errno> {
+        let mut request = raw::Protect { start, len, mode: protect.into() };
+        // SAFETY: as above; no content changes.
+        unsafe { raw::write_protect(self.raw(), &raw mut request) }.map(drop)
+    }
+
+    /// Fills a missing page of a registered range with a copy of the one at `src`, and wakes who waits for it.
+    ///
+    /// # Safety
+    /// There must be a readable page at `src`.
+    pub(crate) unsafe fn copy(&self, dst: u64, src: u64) -> Result<(), Errno> {
+        let mut request = raw::Copy { dst, src, len: PAGE, mode: 0, copied: 0 };
+        // SAFETY: the structure has the kernel's layout and outlives the call; the caller answers for the source.
+        unsafe { raw::copy(self.raw(), &raw mut request) }.map(drop)
     }
 
     /// Maps zero pages where nothing is present.
@@ -166,25 +202,23 @@ impl Uffd {
         }
     }
 
-    /// Another descriptor of the same userfaultfd, as daemon and agent have one each.
-    #[cfg(test)]
-    pub(crate) fn duplicate(&self) -> Self {
-        Self(self.0.try_clone().unwrap())
+    /// Another descriptor of the same userfaultfd.
+    pub(crate) fn try_clone(&self) -> Result<Self, Errno> {
+        let copy = self.0.try_clone();
+        copy.map(Self).map_err(|error| Errno::from_raw(error.raw_os_error().unwrap_or(libc::EMFILE)))
     }
 
     /// Fills a missing page and wakes who waits for it, as the daemon does.
     #[cfg(test)]
-    pub(crate) fn copy(&self, dst: u64, page: &[u8; fmalloc_proto::PAGE_SIZE]) -> Result<(), Errno> {
-        let src = page.as_ptr().expose_provenance() as u64;
-        let mut request = raw::Copy { dst, src, len: fmalloc_proto::PAGE, mode: 0, copied: 0 };
-        // SAFETY: the page outlives the call; only a missing page is filled.
-        unsafe { raw::copy(self.raw(), &raw mut request) }.map(drop)
+    pub(crate) fn fill(&self, dst: u64, page: &[u8; fmalloc_proto::PAGE_SIZE]) -> Result<(), Errno> {
+        // SAFETY: the page outlives the call.
+        unsafe { self.copy(dst, fmalloc_proto::num::to_u64(page.as_ptr().expose_provenance())) }
     }
 
     /// Wakes who waits for a page.
     #[cfg(test)]
     pub(crate) fn wake(&self, start: u64) -> Result<(), Errno> {
-        let mut request = raw::Range { start, len: fmalloc_proto::PAGE };
+        let mut request = raw::Range { start, len: PAGE };
         // SAFETY: the structure has the kernel's layout and outlives the call.
         unsafe { raw::wake(self.raw(), &raw mut request) }.map(drop)
     }
@@ -261,6 +295,32 @@ pub(crate) fn watch(fd: Option<BorrowedFd<'_>>, events: i16) -> libc::pollfd {
 pub(crate) unsafe fn madvise(addr: u64, len: u64, advice: i32) -> Result<(), Errno> {
     // SAFETY: the caller's.
     Errno::result(unsafe { libc::madvise(pointer(addr), to_usize(len), advice) }).map(drop)
+}
+
+/// Moves the page table entries of private anonymous memory to `to`, where what was mapped is unmapped first (also if it
+/// fails). What is left behind stays mapped, and empty, if `keep` says so. Atomic, but for the events that it raises
+/// afterwards and that it waits for: one for the move, and one for what it unmapped, where those belong to a userfaultfd.
+///
+/// # Safety
+/// No reference may rely on either range.
+pub(crate) unsafe fn remap(from: u64, len: u64, to: u64, keep: bool) -> Result<(), Errno> {
+    let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED | if keep { libc::MREMAP_DONTUNMAP } else { 0 };
+    let len = to_usize(len);
+    // SAFETY: the caller's.
+    let moved = unsafe { libc::mremap(pointer(from), len, len, flags, pointer(to)) };
+    if moved == libc::MAP_FAILED { Err(Errno::last()) } else { Ok(()) }
+}
+
+/// Maps addresses that nobody can touch; with `replace` in place of whatever is mapped there.
+///
+/// # Safety
+/// With `replace`, the range must be the caller's.
+pub(crate) unsafe fn reserve(at: u64, len: u64, replace: bool) -> Result<(), Errno> {
+    let place = if replace { libc::MAP_FIXED } else { libc::MAP_FIXED_NOREPLACE };
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | place;
+    // SAFETY: the caller's.
+    let got = unsafe { libc::mmap(pointer(at), to_usize(len), libc::PROT_NONE, flags, -1, 0) };
+    if got == libc::MAP_FAILED { Err(Errno::last()) } else { Ok(()) }
 }
 
 /// An address of this process as a pointer.

@@ -1,6 +1,7 @@
 //! The effective configuration: flags over file over defaults, checked as a whole before anything is touched. Read
-//! once at start, on the main thread; constant after that. [`settings`] holds the forms in which it is written.
+//! once at start, on the main thread; constant after that. [`settings`] and [`ids`] hold the forms in which it is written.
 
+pub mod ids;
 pub mod settings;
 
 use std::fmt;
@@ -10,6 +11,7 @@ use std::path::{Path, PathBuf};
 
 use fmalloc_proto::limits::MIN_BUDGET;
 use fmalloc_proto::size::Size;
+use fmalloc_proto::switches::{DISABLE, Disabled, UnknownWord};
 use nix::sys::socket::UnixAddr;
 use thiserror::Error;
 
@@ -70,6 +72,8 @@ pub struct Config {
     pub log_level: LogLevel,
     /// Optional features of the system.
     pub features: Features,
+    /// What was set, for comparison when it is read again.
+    pub written: Settings,
 }
 
 /// Whom the daemon serves.
@@ -138,7 +142,7 @@ impl Config {
     }
 }
 
-fn read_file(cli: &Cli) -> Result<Option<(PathBuf, Settings)>, ConfigError> {
+fn read_file(cli: &Cli) -> Result<Option<Written>, ConfigError> {
     if cli.private {
         return Ok(None);
     }
@@ -151,7 +155,7 @@ fn read_file(cli: &Cli) -> Result<Option<(PathBuf, Settings)>, ConfigError> {
         Err(source) => return Err(ConfigError::Read { file, source }),
     };
     match toml::from_str(&text) {
-        Ok(settings) => Ok(Some((file, settings))),
+        Ok(settings) => Ok(Some(Written { file, text, settings })),
         Err(source) => Err(ConfigError::Parse { file, source: Box::new(source) }),
     }
 }
@@ -173,7 +177,9 @@ fn service(sources: &Sources<'_>) -> Result<Config, ConfigError> {
     let swap_size = swap_size(sources, &swap, pool)?;
 
     let allow_uids = sources.pick("allow_uid", |s| s.allow_uid.clone()).0.unwrap_or_default();
+    let allow_uids: Vec<u32> = allow_uids.iter().map(|uid| uid.0).collect();
     let allow_gids = sources.pick("allow_gid", |s| s.allow_gid.clone()).0.unwrap_or_default();
+    let allow_gids: Vec<u32> = allow_gids.iter().map(|gid| gid.0).collect();
     let open = !allow_uids.is_empty() || allow_gids.len() > 1;
     let socket_mode = sources.pick("socket_mode", |s| s.socket_mode).0;
     let socket_mode = socket_mode.unwrap_or(SocketMode(if open { 0o666 } else { 0o660 }));
@@ -225,6 +231,7 @@ fn common(sources: &Sources<'_>, mode: Mode, pool: u64, level: LogLevel) -> Resu
         let problem = format!("{} must be from {low} to the largest budget, {high}", Size(default_budget));
         return Err(value(&default_place, problem));
     }
+    let disabled = disabled()?;
     Ok(Config {
         mode,
         pool,
@@ -233,10 +240,18 @@ fn common(sources: &Sources<'_>, mode: Mode, pool: u64, level: LogLevel) -> Resu
         limits: limits(sources)?,
         log_level: sources.pick("log_level", |s| s.log_level).0.unwrap_or(level),
         features: Features {
-            io_uring: !sources.any(|s| s.no_io_uring),
-            poison: !sources.any(|s| s.no_poison),
+            io_uring: !sources.any(|s| s.no_io_uring) && !disabled.io_uring,
+            poison: !sources.any(|s| s.no_poison) && !disabled.poison,
+            peer_pidfd: !disabled.peer_pidfd,
         },
+        written: sources.merged(),
     })
+}
+
+/// What the environment switches off, for tests and diagnosis.
+fn disabled() -> Result<Disabled, ConfigError> {
+    let words = std::env::var_os(DISABLE).unwrap_or_default();
+    words.to_string_lossy().parse().map_err(|error: UnknownWord| value(DISABLE, error.to_string()))
 }
 
 fn limits(sources: &Sources<'_>) -> Result<Limits, ConfigError> {
@@ -296,7 +311,25 @@ fn room(path: &Path, place: &str) -> Result<u64, ConfigError> {
 /// Where settings come from, the first one that has a key wins.
 struct Sources<'a> {
     flags: &'a Settings,
-    file: Option<(PathBuf, Settings)>,
+    file: Option<Written>,
+}
+
+/// The file, and what it sets.
+struct Written {
+    file: PathBuf,
+    text: String,
+    settings: Settings,
+}
+
+impl Written {
+    /// Where the key is set: file, line, key.
+    fn place(&self, key: &str) -> String {
+        let sets = |line: &str| {
+            line.trim_start().strip_prefix(key).is_some_and(|rest| rest.trim_start().starts_with('='))
+        };
+        let line = self.text.lines().position(sets).map(|line| format!("line {}: ", line + 1));
+        format!("{}: {}{key}", self.file.display(), line.unwrap_or_default())
+    }
 }
 
 impl Sources<'_> {
@@ -306,14 +339,28 @@ impl Sources<'_> {
         if let Some(found) = get(self.flags) {
             return (Some(found), flag);
         }
-        match self.file.as_ref().and_then(|(file, settings)| get(settings).map(|found| (file, found))) {
-            Some((file, found)) => (Some(found), format!("{}: {key}", file.display())),
+        match self.file.as_ref().and_then(|written| get(&written.settings).map(|found| (written, found))) {
+            Some((written, found)) => (Some(found), written.place(key)),
             None => (None, format!("{flag} (not set)")),
         }
     }
 
+    /// All that is set, wherever.
+    fn merged(&self) -> Settings {
+        let mut all = self.file.as_ref().map(|written| written.settings.clone()).unwrap_or_default();
+        let flags = self.flags.clone();
+        macro_rules! prefer_flags {
+            ($($key:ident)*) => { $(all.$key = flags.$key.or(all.$key);)* };
+        }
+        prefer_flags!(socket socket_mode swap swap_size ram default_budget max_budget allow_uid allow_gid max_clients
+            max_clients_per_uid max_regions max_connections log_level);
+        all.no_io_uring |= flags.no_io_uring;
+        all.no_poison |= flags.no_poison;
+        all
+    }
+
     fn any(&self, get: impl Fn(&Settings) -> bool) -> bool {
-        get(self.flags) || self.file.as_ref().is_some_and(|(_, settings)| get(settings))
+        get(self.flags) || self.file.as_ref().is_some_and(|written| get(&written.settings))
     }
 }
 
@@ -331,6 +378,12 @@ fn total_ram(place: &str) -> Result<u64, ConfigError> {
 }
 
 fn default_socket(place: &str) -> Result<PathBuf, ConfigError> {
+    // systemd has made it, and says so to a service that need not be root.
+    if let Some(dirs) = std::env::var_os("RUNTIME_DIRECTORY")
+        && let Some(dir) = std::env::split_paths(&dirs).next().filter(|dir| dir.is_absolute())
+    {
+        return Ok(dir.join("fmallocd.sock"));
+    }
     if nix::unistd::geteuid().is_root() {
         return Ok(SYSTEM_SOCKET.into());
     }

@@ -4,6 +4,7 @@
 //! - [`fault`]: one thread per client that serves its page faults; system calls live here.
 //! - [`pager`]: the pure core that decides; no system call, no clock.
 //! - [`swap`]: the swap file, its slots and what is claimed of it.
+//! - [`service`]: what a service manager is told and asked; the log.
 //! - [`ctl`]: the command line tool.
 
 pub mod arena;
@@ -13,4 +14,5 @@ pub mod ctl;
 pub mod fault;
 pub mod hash;
 pub mod pager;
+pub mod service;
 pub mod swap;

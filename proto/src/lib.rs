@@ -13,6 +13,7 @@ pub mod num;
 #[cfg(unix)]
 pub mod ring;
 pub mod size;
+pub mod switches;
 #[cfg(unix)]
 pub mod transport;
 pub mod validate;

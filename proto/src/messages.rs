@@ -158,6 +158,18 @@ pub struct Opened {
 pub struct Attach {
     /// Thread id of the agent in the client's pid namespace, as `gettid` gives it.
     pub agent_tid: u32,
+    /// The agent cannot move pages: it protects them against writes and remaps them to here. Its own remapping raises
+    /// events, which the daemon knows by their target.
+    pub staging: Option<Staging>,
+}
+
+/// Addresses that only the agent uses, in bytes; whole pages.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Staging {
+    /// Start in the client.
+    pub addr: u64,
+    /// Length.
+    pub len: u64,
 }
 
 /// Body of [`Reply::Attached`].
@@ -406,6 +418,8 @@ pub struct ClientRow {
     pub name: String,
     /// What hinders it, empty if nothing does: for people.
     pub condition: String,
+    /// Its kernel cannot move pages: they are evicted by write-protection, which is not safe against DMA in flight.
+    pub write_protect: bool,
     /// Regions registered.
     pub regions: u32,
     /// Figures.

@@ -2,21 +2,25 @@
 //! out and gets their bytes. Offsets and plain old data only; either side may die at any instruction.
 //!
 //! ```text
-//! 0            magic u64 | version u32 | batches u32 | batch_pages u32
+//! 0            magic u64 | version u32 | batches u32 | batch_pages u32 | gate u32
 //! 4096         batch descriptors, each `descriptor_len` bytes:
-//!                state u32 | kind u32 | count u32 | zero u32 | entries: (addr u64, result u32, zero u32) × batch_pages
+//!                state u32 | kind u32 | count u32 | stop u32 | entries: (addr u64, result u32, zero u32) × batch_pages
 //! data_offset  pages: batch 0's batch_pages × 4096 bytes, then batch 1's …
 //! ```
 //!
 //! A batch goes FREE → REQUESTED (daemon) → DONE (agent) → FREE (daemon, after the bytes are safe elsewhere). Each
 //! side wakes the other by an eventfd. The daemon trusts nothing it reads here: it keeps the truth about each batch
 //! in its own memory, takes only states and results that are possible, and copies bytes before it looks at them.
+//!
+//! `gate` and `stop` are the daemon's word to an agent that evicts by write-protection, whose remapping raises events
+//! among those of the program: the gate is closed while the daemon reads events, and a batch is stopped when one of them
+//! turned out to be the program's.
 
 use std::io;
 use std::num::NonZeroUsize;
 use std::os::fd::BorrowedFd;
 use std::ptr::NonNull;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
 
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
 
@@ -197,11 +201,36 @@ impl Ring {
         (self.word(offset + 4).load(Ordering::Relaxed), self.word(offset + 8).load(Ordering::Relaxed))
     }
 
-    /// Sets kind and number of pages; publish with [`Ring::set_state`].
+    /// Sets kind and number of pages, and that the batch is not stopped; publish with [`Ring::set_state`].
     pub fn set_request(&self, batch: u32, kind: BatchKind, count: u32) {
         let offset = self.batch_offset(batch);
+        self.word(offset + 12).store(0, Ordering::Relaxed);
         self.word(offset + 4).store(kind as u32, Ordering::Relaxed);
         self.word(offset + 8).store(count, Ordering::Relaxed);
+    }
+
+    /// Asks the agent to leave the pages of a batch where they are, as far as they are still there.
+    pub fn stop(&self, batch: u32) {
+        self.word(self.batch_offset(batch) + 12).store(1, Ordering::Release);
+    }
+
+    /// Whether a batch is stopped. Sees everything that was stopped before the gate was opened last.
+    #[must_use]
+    pub fn is_stopped(&self, batch: u32) -> bool {
+        self.word(self.batch_offset(batch) + 12).load(Ordering::Acquire) != 0
+    }
+
+    /// Closes or opens the gate. What an agent did before it saw the gate open happened before it was closed.
+    pub fn set_gate(&self, closed: bool) {
+        self.word(20).store(closed.into(), Ordering::SeqCst);
+        fence(Ordering::SeqCst);
+    }
+
+    /// Whether the gate is closed.
+    #[must_use]
+    pub fn is_gate_closed(&self) -> bool {
+        fence(Ordering::SeqCst);
+        self.word(20).load(Ordering::SeqCst) != 0
     }
 
     /// Address of page `index` of a batch.

@@ -4,7 +4,7 @@
 use thiserror::Error;
 
 use crate::limits::{MAX_ADDRESS, MAX_NAME, MAX_REGION, MIN_BUDGET, PAGE};
-use crate::messages::{RegionRange, Request};
+use crate::messages::{Attach, RegionRange, Request};
 
 /// A field that makes no sense.
 #[derive(Debug, Error, PartialEq, Eq)]
@@ -46,6 +46,9 @@ pub fn request(request: &Request) -> Result<(), Invalid> {
         }
         Request::Commit(part) | Request::Decommit(part) => region_range(part),
         Request::Advise(advise) => region_range(&advise.range),
+        Request::Attach(Attach { staging: Some(staging), .. }) => {
+            range(staging.addr, staging.len, MAX_ADDRESS)
+        }
         Request::SetBudget(wanted) => budget(wanted.bytes),
         Request::Limit(limit) => budget(limit.bytes),
         Request::Attach(_)

@@ -144,6 +144,7 @@ fn fullest_listing_fits_into_a_message() {
         uid: u32::MAX,
         name: "n".repeat(MAX_NAME),
         condition: "c".repeat(256),
+        write_protect: true,
         regions: u32::MAX,
         stats,
     };

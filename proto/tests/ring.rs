@@ -37,6 +37,19 @@ fn layouts_outside_the_limits_are_refused() {
 }
 
 #[test]
+fn batches_are_stopped_one_by_one_and_until_they_are_asked_for_again() {
+    let (_file, daemon, agent) = rings(Layout::new(2, 3).unwrap());
+    daemon.initialise();
+    assert!(!agent.is_gate_closed() && !agent.is_stopped(0) && !agent.is_stopped(1));
+    daemon.set_gate(true);
+    daemon.stop(1);
+    assert!(agent.is_gate_closed() && !agent.is_stopped(0) && agent.is_stopped(1));
+    daemon.set_request(1, BatchKind::Evict, 3);
+    daemon.set_gate(false);
+    assert!(!agent.is_gate_closed() && !agent.is_stopped(1));
+}
+
+#[test]
 fn ring_has_golden_bytes() {
     let layout = Layout::new(2, 3).unwrap();
     assert_eq!(layout.len(), (2 + 2 * 3) * PAGE_SIZE, "header, descriptors, pages");
@@ -54,6 +67,10 @@ fn ring_has_golden_bytes() {
     assert_eq!(read(0, 20), *b"FMRING01\x01\0\0\0\x02\0\0\0\x03\0\0\0");
     let descriptor = 4096 + (16 + 3 * 16);
     assert_eq!(read(descriptor, 16), *b"\x01\0\0\0\x02\0\0\0\x03\0\0\0\0\0\0\0", "state, kind, count");
+    daemon.set_gate(true);
+    daemon.stop(1);
+    assert_eq!(read(20, 4), *b"\x01\0\0\0", "gate");
+    assert_eq!(read(descriptor + 12, 4), *b"\x01\0\0\0", "stop");
     assert_eq!(read(descriptor + 16 + 2 * 16, 16), *b"\0\x70\x66\x55\x44\x33\x22\x11\x03\0\0\0\0\0\0\0");
 }
 

@@ -3,7 +3,7 @@
 use fmalloc_proto::limits::{MAX_ADDRESS, MAX_NAME, MAX_REGION, MIN_BUDGET, PAGE};
 use fmalloc_proto::messages::{
     Advice, Advise, Attach, Budget, Empty, Evict, Limit, Open, Page, RegionId, RegionRange, RegionsQuery,
-    Register, Request,
+    Register, Request, Staging,
 };
 use fmalloc_proto::validate::{Invalid, request};
 
@@ -97,9 +97,21 @@ fn ranges_that_make_no_sense_are_refused() {
 }
 
 #[test]
+fn staging_areas_are_whole_pages_of_the_user() {
+    let attach =
+        |addr, len| request(&Request::Attach(Attach { agent_tid: 1, staging: Some(Staging { addr, len }) }));
+    assert_eq!(attach(PAGE, 64 * PAGE), Ok(()));
+    for (addr, len) in
+        [(PAGE, 0), (PAGE + 1, PAGE), (PAGE, 1), (MAX_ADDRESS, PAGE), (PAGE, u64::MAX - PAGE + 1)]
+    {
+        assert_eq!(attach(addr, len), Err(Invalid::Range { start: addr, len }));
+    }
+}
+
+#[test]
 fn requests_that_depend_on_state_alone_are_accepted() {
     for message in [
-        Request::Attach(Attach { agent_tid: 0 }),
+        Request::Attach(Attach { agent_tid: 0, staging: None }),
         Request::Unregister(RegionId { region: u32::MAX }),
         Request::Stats(Empty {}),
         Request::Goodbye(Empty {}),

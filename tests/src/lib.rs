@@ -1,1 +1,39 @@
-//! To be written.
+//! Support for the end-to-end tests in `tests/`: a real daemon, real client processes, and what is measured of both from
+//! outside. Needs the binaries of the whole workspace, built beforehand: see `make test`.
+//!
+//! - [`bench`]: the benchmark, `fmalloc-bench`: fmalloc beside kernel swap and whatever else a user could pick;
+//! - [`daemon`]: starts `fmallocd` in a directory of its own, asks it by `fmallocctl`;
+//! - [`worker`]: client processes, told line by line what to do: the binary `fmalloc-worker` of this package;
+//! - [`pattern`]: the content of pages, such that any wrong byte shows; [`rng`]: random numbers that can be repeated;
+//! - [`place`]: where binaries and temporary files are, and whether tests can run here at all;
+//! - [`process`]: what the kernel says about a process.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a failure here is a failed test")]
+
+pub mod bench;
+pub mod daemon;
+pub mod pattern;
+pub mod place;
+pub mod process;
+pub mod rng;
+pub mod worker;
+
+use std::time::{Duration, Instant};
+
+pub use daemon::Daemon;
+pub use worker::Worker;
+
+/// Bytes of a MiB.
+pub const MIB: u64 = 1 << 20;
+
+/// The longest that anything may take that is not a measurement.
+pub const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Looks again and again until `done`; panics with `what` when that takes too long.
+pub fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
+    let begin = Instant::now();
+    while !done() {
+        assert!(begin.elapsed() < PATIENCE, "waited for {PATIENCE:?}: {what}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}

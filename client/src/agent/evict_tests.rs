@@ -4,27 +4,37 @@ use std::collections::HashMap;
 use std::os::fd::{AsFd, AsRawFd};
 use std::ptr;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
-use std::thread;
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
 
 use fmalloc_proto::limits::{PAGE, PAGE_SIZE};
 use fmalloc_proto::num::{to_u64, to_usize};
 use fmalloc_proto::ring::{BatchKind, Layout, PageResult, Ring, STATE_DONE, STATE_REQUESTED};
+use nix::errno::Errno;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::unistd::{ftruncate, pipe, read};
 
 use super::*;
+use crate::sys::FEATURE_WRITE_PROTECT;
 
 const BATCH_PAGES: u32 = 64;
+const EVENT_REMAP: u64 = 1 << 2;
 const EVENT_REMOVE: u64 = 1 << 3;
+const EVENT_UNMAP: u64 = 1 << 6;
+/// Messages, by their first byte.
+pub(crate) const FAULT: u8 = 0x12;
+pub(crate) const REMAP: u8 = 0x14;
 
 /// A region, the agent's evictor, and the daemon's view of the ring.
-struct Bench {
-    base: *mut u8,
+pub(crate) struct Bench {
+    pub(crate) base: *mut u8,
     pages: usize,
-    evictor: Evictor,
-    ring: Ring,
-    uffd: Uffd,
+    pub(crate) evictor: Evictor,
+    pub(crate) ring: Ring,
+    pub(crate) uffd: Arc<Uffd>,
+    reader: Option<(Arc<AtomicBool>, JoinHandle<()>)>,
 }
 
 // SAFETY: the tests that share a bench between threads synchronise by themselves.
@@ -37,48 +47,81 @@ impl Bench {
     }
 
     fn with_features(pages: usize, features: u64) -> Self {
-        let layout = Layout::new(2, BATCH_PAGES).unwrap();
+        let mover = Mover::new(Uffd::create(None, true).unwrap(), layout()).unwrap();
+        Self::with_method(pages, features, Method::Move(mover))
+    }
+
+    /// One whose pages are remapped. A thread reads messages and hands them on: somebody must, for pages to leave.
+    pub(crate) fn remapping(pages: usize) -> (Self, Receiver<[u8; 32]>) {
+        let remapper = Remapper::new(&Uffd::create(None, true).unwrap(), layout()).unwrap();
+        let events = EVENT_REMAP | EVENT_REMOVE | EVENT_UNMAP;
+        let mut bench = Self::with_method(pages, FEATURE_WRITE_PROTECT | events, Method::Remap(remapper));
+        let (sender, messages) = channel();
+        bench.hand_on(sender);
+        (bench, messages)
+    }
+
+    /// Reads messages and hands them on.
+    fn hand_on(&mut self, sender: Sender<[u8; 32]>) {
+        let (uffd, stop) = (Arc::clone(&self.uffd), Arc::new(AtomicBool::new(false)));
+        let over = Arc::clone(&stop);
+        let thread = thread::spawn(move || {
+            while !over.load(Ordering::Relaxed) {
+                let short = Duration::from_millis(20);
+                sys::poll(&mut [sys::watch(Some(uffd.as_fd()), libc::POLLIN)], Some(short)).unwrap();
+                let mut message = [0_u8; 32];
+                while read(&*uffd, &mut message) == Ok(32) {
+                    let _ = sender.send(message);
+                }
+            }
+        });
+        self.reader = Some((stop, thread));
+    }
+
+    fn with_method(pages: usize, features: u64, method: Method) -> Self {
+        let layout = layout();
         let memory = memfd_create(c"ring", MFdFlags::MFD_CLOEXEC).unwrap();
         ftruncate(&memory, i64::try_from(layout.len()).unwrap()).unwrap();
         let ring = Ring::map(memory.as_fd(), layout).unwrap();
         ring.initialise();
         let base = map(ptr::null_mut(), pages, 0);
-        let uffd = Uffd::create(None, true).unwrap();
+        let uffd = Arc::new(Uffd::create(None, true).unwrap());
         uffd.handshake(features).unwrap();
-        let mover = Mover::new(Uffd::create(None, true).unwrap(), layout).unwrap();
+        let write_protect = matches!(method, Method::Remap(_));
         let agents = Ring::map(memory.as_fd(), layout).unwrap();
         assert!(agents.is_valid());
-        let held = uffd.duplicate();
-        let bench = Self { base, pages, evictor: Evictor::new(agents, mover, held), ring, uffd };
+        let held = uffd.try_clone().unwrap();
+        let evictor = Evictor::new(agents, method, held);
+        let bench = Self { base, pages, evictor, ring, uffd, reader: None };
         for page in 0..pages {
             bench.fill(page, to_u64(page));
         }
-        bench.uffd.register(bench.addr(0), to_u64(pages) * PAGE).unwrap();
+        bench.uffd.register(bench.addr(0), to_u64(pages) * PAGE, write_protect).unwrap();
         bench
     }
 
-    fn addr(&self, page: usize) -> u64 {
+    pub(crate) fn addr(&self, page: usize) -> u64 {
         to_u64(self.base.expose_provenance() + page * PAGE_SIZE)
     }
 
-    fn word(&self, page: usize, word: usize) -> &AtomicU64 {
+    pub(crate) fn word(&self, page: usize, word: usize) -> &AtomicU64 {
         assert!(page < self.pages && word < PAGE_SIZE / 8);
         // SAFETY: inside the mapping, aligned.
         unsafe { AtomicU64::from_ptr(self.base.add(page * PAGE_SIZE + word * 8).cast()) }
     }
 
-    fn fill(&self, page: usize, value: u64) {
+    pub(crate) fn fill(&self, page: usize, value: u64) {
         for word in 0..PAGE_SIZE / 8 {
             self.word(page, word).store(value, Ordering::Relaxed);
         }
     }
 
-    fn discard(&self, page: usize) {
+    pub(crate) fn discard(&self, page: usize) {
         // SAFETY: the region is the test's.
         unsafe { sys::madvise(self.addr(page), PAGE, libc::MADV_DONTNEED) }.unwrap();
     }
 
-    fn request(&self, batch: u32, kind: BatchKind, pages: &[usize]) {
+    pub(crate) fn request(&self, batch: u32, kind: BatchKind, pages: &[usize]) {
         for (index, page) in (0..).zip(pages) {
             self.ring.set_addr(batch, index, self.addr(*page));
         }
@@ -87,7 +130,7 @@ impl Bench {
     }
 
     /// Asks for some pages and gives what came of each.
-    fn ask(&mut self, kind: BatchKind, pages: &[usize]) -> Vec<PageResult> {
+    pub(crate) fn ask(&mut self, kind: BatchKind, pages: &[usize]) -> Vec<PageResult> {
         self.request(1, kind, pages);
         assert!(!self.evictor.serve(0));
         assert!(self.evictor.serve(1));
@@ -95,12 +138,12 @@ impl Bench {
         self.results(1, pages.len())
     }
 
-    fn results(&self, batch: u32, count: usize) -> Vec<PageResult> {
+    pub(crate) fn results(&self, batch: u32, count: usize) -> Vec<PageResult> {
         let count = u32::try_from(count).unwrap();
         (0..count).map(|index| PageResult::from_number(self.ring.result(batch, index)).unwrap()).collect()
     }
 
-    fn evict(&mut self, pages: &[usize]) -> Vec<PageResult> {
+    pub(crate) fn evict(&mut self, pages: &[usize]) -> Vec<PageResult> {
         self.ask(BatchKind::Evict, pages)
     }
 
@@ -113,32 +156,50 @@ impl Bench {
         page
     }
 
-    fn assert_evicted(&self, index: usize, value: u64) {
+    pub(crate) fn assert_evicted(&self, index: usize, value: u64) {
         let page = self.evicted(1, index);
         assert!(page.chunks_exact(8).all(|word| word == value.to_ne_bytes()), "page of value {value}");
     }
 
-    fn is_there(&self, page: usize) -> bool {
-        self.evictor.is_there(self.addr(page)).unwrap()
+    pub(crate) fn is_there(&self, page: usize) -> bool {
+        self.evictor.sight.is_there(self.addr(page)).unwrap()
     }
 
-    fn staging_is_empty(&self) -> bool {
-        (0..2).all(|batch| {
-            (0..BATCH_PAGES)
-                .all(|index| self.evictor.is_there(self.evictor.mover.place(batch, index)) == Some(false))
-        })
+    fn mover(&self) -> &Mover {
+        match &self.evictor.method {
+            Method::Move(mover) => mover,
+            Method::Remap(_) => panic!("another method"),
+        }
+    }
+
+    pub(crate) fn staging_is_empty(&self) -> bool {
+        let (start, len) = match &self.evictor.method {
+            Method::Move(mover) => (mover.place(0, 0), 2 * u64::from(BATCH_PAGES) * PAGE),
+            Method::Remap(remapper) => remapper.span(),
+        };
+        (start..start + len).step_by(PAGE_SIZE).all(|addr| self.evictor.sight.is_there(addr) == Some(false))
     }
 }
 
 impl Drop for Bench {
     fn drop(&mut self) {
+        // While somebody reads its event.
+        let _ = self.uffd.unregister(self.addr(0), to_u64(self.pages) * PAGE);
+        if let Some((stop, reader)) = self.reader.take() {
+            stop.store(true, Ordering::Relaxed);
+            let _ = reader.join();
+        }
         // SAFETY: the mapping is the test's.
         unsafe { libc::munmap(self.base.cast(), self.pages * PAGE_SIZE) };
     }
 }
 
+fn layout() -> Layout {
+    Layout::new(2, BATCH_PAGES).unwrap()
+}
+
 /// Anonymous memory; at `at` if that is not null.
-fn map(at: *mut u8, pages: usize, flags: i32) -> *mut u8 {
+pub(crate) fn map(at: *mut u8, pages: usize, flags: i32) -> *mut u8 {
     let access = libc::PROT_READ | libc::PROT_WRITE;
     let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | flags;
     // SAFETY: fixed addresses are given only where the test has unmapped before.
@@ -149,7 +210,7 @@ fn map(at: *mut u8, pages: usize, flags: i32) -> *mut u8 {
     base.cast()
 }
 
-fn protect(addr: u64, access: i32) {
+pub(crate) fn protect(addr: u64, access: i32) {
     // SAFETY: the page is the test's.
     assert_eq!(unsafe { libc::mprotect(sys::pointer(addr), PAGE_SIZE, access) }, 0);
 }
@@ -321,7 +382,7 @@ fn pages_stay_while_an_event_about_changed_mappings_is_unread() {
     assert_eq!(bench.evict(&[0, 1]), [Failed, Failed]);
     assert_eq!(bench.word(1, 0).load(Ordering::Relaxed), 1);
     let mut message = [0; 32];
-    read(&bench.uffd, &mut message).unwrap();
+    read(&*bench.uffd, &mut message).unwrap();
     remover.join().unwrap();
     assert_eq!(bench.evict(&[0, 1, 7]), [Moved, Moved, Absent]);
     // The region ends without anybody to read an event.
@@ -368,41 +429,48 @@ fn nonsense_from_the_other_side_is_survived() {
 #[test]
 fn an_occupied_staging_place_is_never_emptied_and_not_used_again() {
     let mut bench = Bench::new(8);
-    let taken = bench.evictor.mover.place(1, 2);
-    bench.evictor.mover.occupy(1, 2);
+    let taken = bench.mover().place(1, 2);
+    bench.mover().occupy(1, 2);
     assert_eq!(bench.evict(&[0, 1, 2, 3]), [Moved, Moved, Failed, Moved]);
     assert_eq!(bench.word(2, 0).load(Ordering::Relaxed), 2, "the page stayed");
-    assert_eq!(bench.evictor.is_there(taken), Some(true), "so did what was in the way");
-    assert_ne!(bench.evictor.mover.place(1, 2), taken);
+    assert_eq!(bench.evictor.sight.is_there(taken), Some(true), "so did what was in the way");
+    assert_ne!(bench.mover().place(1, 2), taken);
     assert_eq!(bench.evict(&[4, 5, 2]), [Moved; 3]);
     bench.assert_evicted(2, 2);
 }
 
 #[test]
 fn no_write_is_lost_while_pages_come_and_go() {
-    const PAGES: usize = 192;
+    let mut bench = Bench::new(STRESS_PAGES);
+    let (sender, messages) = channel();
+    bench.hand_on(sender);
+    stress(bench, messages, 50_000);
+}
+
+pub(crate) const STRESS_PAGES: usize = 192;
+
+/// Threads that write and check, while `enough` pages leave and come back.
+pub(crate) fn stress(mut bench: Bench, messages: Receiver<[u8; 32]>, enough: u64) {
     const WRITERS: usize = 3;
-    const ENOUGH: u64 = 50_000;
-    let mut bench = Bench::new(PAGES);
-    for page in 0..PAGES {
+    for page in 0..STRESS_PAGES {
         bench.fill(page, 0);
     }
     // Evicted pages. Its lock is held from before a page leaves until its bytes are in.
     let store: Arc<Mutex<HashMap<u64, [u8; PAGE_SIZE]>>> = Arc::default();
-    let (enough, done) = (AtomicBool::new(false), AtomicBool::new(false));
+    let (over, done) = (AtomicBool::new(false), AtomicBool::new(false));
     let mut moved = 0_u64;
     let Bench { ref uffd, ref ring, ref mut evictor, base, pages, .. } = bench;
-    let start = to_u64(base.expose_provenance());
     let memory = base.expose_provenance();
+    let start = to_u64(memory);
     thread::scope(|scope| {
-        let enough = &enough;
+        let over = &over;
         let writers: Vec<_> = (0..WRITERS)
             .map(|writer| {
                 scope.spawn(move || {
                     let mut shadow = vec![0_u64; pages];
                     let mut random = Random(7 + to_u64(writer));
                     let mut round = 0;
-                    while !enough.load(Ordering::Relaxed) {
+                    while !over.load(Ordering::Relaxed) {
                         round += 1;
                         let page = random.below(pages);
                         let at = ptr::with_exposed_provenance_mut::<u64>(
@@ -417,24 +485,23 @@ fn no_write_is_lost_while_pages_come_and_go() {
                 })
             })
             .collect();
-        let (stored, over) = (&store, &done);
+        let (stored, done) = (&store, &done);
         scope.spawn(move || {
-            while !over.load(Ordering::Relaxed) {
-                let short = std::time::Duration::from_millis(20);
-                sys::poll(&mut [sys::watch(Some(uffd.as_fd()), libc::POLLIN)], Some(short)).unwrap();
-                let mut message = [0_u8; 32];
-                while read(uffd, &mut message) == Ok(32) {
-                    let addr = u64::from_ne_bytes(message[16..24].try_into().unwrap()) & !(PAGE - 1);
-                    match stored.lock().unwrap().remove(&addr) {
-                        Some(page) => uffd.copy(addr, &page).unwrap(),
-                        None => uffd.wake(addr).unwrap(),
-                    }
+            while !done.load(Ordering::Relaxed) {
+                let Ok(message) = messages.recv_timeout(Duration::from_millis(20)) else { continue };
+                if message[0] != FAULT {
+                    continue;
+                }
+                let addr = u64::from_ne_bytes(message[16..24].try_into().unwrap()) & !(PAGE - 1);
+                match stored.lock().unwrap().remove(&addr) {
+                    Some(page) => uffd.fill(addr, &page).unwrap(),
+                    None => uffd.wake(addr).unwrap(),
                 }
             }
         });
         let mut random = Random(99);
-        while moved < ENOUGH && !writers.iter().any(|writer| writer.is_finished()) {
-            let first = random.below(PAGES - 16);
+        while moved < enough && !writers.iter().any(|writer| writer.is_finished()) {
+            let first = random.below(STRESS_PAGES - 16);
             let mut store = store.lock().unwrap();
             for index in 0..16 {
                 ring.set_addr(0, index, start + (to_u64(first) + u64::from(index)) * PAGE);
@@ -458,7 +525,7 @@ fn no_write_is_lost_while_pages_come_and_go() {
             drop(store);
             thread::yield_now();
         }
-        enough.store(true, Ordering::Relaxed);
+        over.store(true, Ordering::Relaxed);
         let ends: Vec<_> = writers.into_iter().map(|writer| writer.join()).collect();
         done.store(true, Ordering::Relaxed);
         ends.into_iter().for_each(|end| end.unwrap());

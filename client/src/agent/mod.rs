@@ -5,10 +5,13 @@
 //!
 //! The thread never ends while a region exists: it would take the userfaultfd along, and later faults would read zeros.
 
+mod aide;
 pub(crate) mod control;
 pub(crate) mod evict;
 pub(crate) mod mailbox;
 pub(crate) mod mover;
+pub(crate) mod remapper;
+mod sight;
 pub(crate) mod staging;
 
 use std::os::fd::{AsFd, IntoRawFd, OwnedFd};
@@ -21,25 +24,28 @@ use std::time::Duration;
 use std::{io, mem};
 
 use fmalloc_proto::limits::PAGE;
+use fmalloc_proto::messages::Staging;
 use fmalloc_proto::num::to_u64;
-use fmalloc_proto::ring::Ring;
+use fmalloc_proto::ring::{Layout, Ring};
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, open};
 use nix::sys::signal::{SigSet, Signal, kill};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::sys::stat::Mode;
-use nix::unistd::{getpid, read, write};
+use nix::unistd::getpid;
 
+use self::aide::Aide;
 use self::control::{Control, Gone};
-use self::evict::Evictor;
+use self::evict::{Evictor, Method};
 use self::mailbox::{Empty, Waiter};
 use self::mover::Mover;
+use self::remapper::Remapper;
 use crate::connect::{self, Route, Wanted};
 use crate::error::Error;
 use crate::health::Health;
 use crate::herald::Voice;
 use crate::link::Link;
-use crate::sys;
+use crate::sys::{self, Uffd};
 
 const STACK: usize = 256 * 1024;
 /// When to look again into a mailbox that was in use.
@@ -104,12 +110,19 @@ struct Agent {
     voice: Voice,
     /// None once the daemon is gone.
     control: Option<Control>,
-    evictor: Evictor,
-    bell: OwnedFd,
-    daemon_bell: OwnedFd,
+    evictions: Evictions,
     signal: SignalFd,
     /// The last signal was the application's: leave it the next one.
     aside: bool,
+}
+
+/// Who evicts.
+#[derive(Debug)]
+enum Evictions {
+    /// The agent, when the first of these bells rings; then it rings the other.
+    Own(Box<Evictor>, OwnedFd, OwnedFd),
+    /// A thread for that alone, and the userfaultfd, to be held here too.
+    Aide(Option<Aide>, #[allow(dead_code, reason = "held, for what it keeps open")] Uffd),
 }
 
 impl Agent {
@@ -125,23 +138,30 @@ impl Agent {
         connect::greet(socket.as_fd())?;
         let opening = connect::open(socket.as_fd(), wanted)?;
         keep_from_children(&opening.ring);
-        let uffd = connect::make_uffd(opening.device.as_ref(), wanted.user_mode_only)?;
-        let staging = connect::make_uffd(opening.device.as_ref(), wanted.user_mode_only)?;
-        let mover = Mover::new(staging, opening.ring.layout())?;
-        connect::attach(socket.as_fd(), &uffd)?;
+        let make_uffd = || connect::make_uffd(opening.device.as_ref(), wanted.user_mode_only);
+        let uffd = make_uffd()?;
+        let method = choose_method(make_uffd, opening.ring.layout(), wanted.disabled.move_pages)?;
+        let staging = match &method {
+            Method::Move(_) => None,
+            Method::Remap(remapper) => Some(remapper.span()).map(|(addr, len)| Staging { addr, len }),
+        };
+        connect::attach(socket.as_fd(), &uffd, staging)?;
         link.client.store(opening.opened.client, Ordering::Relaxed);
         link.budget.store(opening.opened.budget, Ordering::Relaxed);
         let control = Control::new(socket).map_err(|errno| Error::system("setting up the socket", errno))?;
-        Ok(Self {
-            link,
-            voice,
-            control: Some(control),
-            evictor: Evictor::new(opening.ring, mover, uffd),
-            bell: opening.agent_bell,
-            daemon_bell: opening.daemon_bell,
-            signal,
-            aside: false,
-        })
+        let held = uffd.try_clone().map_err(|errno| Error::system("duplicating a descriptor", errno))?;
+        let evictor = Evictor::new(opening.ring, method, uffd);
+        let evictions = if staging.is_none() {
+            Evictions::Own(Box::new(evictor), opening.agent_bell, opening.daemon_bell)
+        } else {
+            let bells = (opening.agent_bell, opening.daemon_bell);
+            let aide = Aide::start(Arc::clone(&link), evictor, bells).map_err(|error| Error::System {
+                what: "starting a thread of fmalloc".to_owned(),
+                errno: error.raw_os_error().unwrap_or(0),
+            })?;
+            Evictions::Aide(Some(aide), held)
+        };
+        Ok(Self { link, voice, control: Some(control), evictions, signal, aside: false })
     }
 
     /// Works until the pager is dropped; gives whoever waits for the end.
@@ -151,9 +171,13 @@ impl Agent {
             let control = self.control.as_ref();
             let blocked = control.is_some_and(Control::is_blocked);
             let events = if blocked { libc::POLLIN | libc::POLLOUT } else { libc::POLLIN };
+            let bell = match &self.evictions {
+                Evictions::Own(_, bell, _) => Some(bell.as_fd()),
+                Evictions::Aide(..) => None,
+            };
             let mut fds = [
                 // The ring is left alone when nobody would take the bytes out of it: resident pages still work.
-                sys::watch(control.map(|_| self.bell.as_fd()), libc::POLLIN),
+                sys::watch(control.and(bell), libc::POLLIN),
                 sys::watch(control.map(Control::fd), events),
                 sys::watch((!self.aside).then(|| self.signal.as_fd()), libc::POLLIN),
             ];
@@ -209,12 +233,8 @@ impl Agent {
     }
 
     fn serve_ring(&mut self) {
-        let mut count = [0; 8];
-        let _ = read(&self.bell, &mut count);
-        for batch in 0..self.evictor.batches() {
-            if self.evictor.serve(batch) {
-                let _ = write(&self.daemon_bell, &1_u64.to_ne_bytes());
-            }
+        if let Evictions::Own(evictor, bell, daemon_bell) = &mut self.evictions {
+            evictor.serve_all(bell, daemon_bell);
         }
     }
 
@@ -258,6 +278,9 @@ impl Agent {
         self.link.health.fail(Health::DaemonGone);
         self.link.mailbox.close();
         self.control = None;
+        if let Evictions::Aide(Some(aide), _) = &self.evictions {
+            aide.tell();
+        }
         self.voice.daemon_gone();
     }
 
@@ -266,8 +289,30 @@ impl Agent {
             control.farewell(link);
             Ok(())
         });
+        if self.control.is_some()
+            && let Evictions::Aide(aide, _) = &mut self.evictions
+            && let Some(aide) = aide.take()
+        {
+            aide.end();
+        }
         end
     }
+}
+
+/// How pages shall leave regions: moved where the kernel can, else remapped.
+fn choose_method(
+    make_uffd: impl Fn() -> Result<Uffd, Error>,
+    layout: Layout,
+    move_disabled: bool,
+) -> Result<Method, Error> {
+    if !move_disabled {
+        match Mover::new(make_uffd()?, layout) {
+            Ok(mover) => return Ok(Method::Move(mover)),
+            Err(Error::Unsupported { .. }) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Remapper::new(&make_uffd()?, layout).map(Method::Remap)
 }
 
 /// Leaves the application's descriptors behind. The numbers of the standard streams are taken, so that nothing that

@@ -9,10 +9,13 @@ use clap::ValueEnum;
 use fmalloc_proto::size::Size;
 use serde::{Deserialize, Deserializer, Serialize, de};
 
+use super::ids::{Gid, Uid};
+
 /// The service that pages the memory of many processes, each within its RAM budget.
 ///
 /// Without --private it listens on a socket; flags win over the file. It logs to stderr, one line "ready" when
-/// clients may connect. SIGTERM lets clients that hold memory finish; a second one ends at once.
+/// clients may connect. SIGTERM lets clients that hold memory finish; a second one ends at once. SIGHUP reads the file
+/// again and changes what can change.
 #[derive(Debug, Clone, Default, clap::Parser)]
 #[command(name = "fmallocd", version, args_override_self = true)]
 pub struct Cli {
@@ -40,7 +43,7 @@ pub struct Cli {
 }
 
 /// Settings of the command line or of the file; none means not set there.
-#[derive(Debug, Clone, Default, clap::Args, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, clap::Args, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Settings {
     /// Socket to listen on [default: /run/fmalloc/fmallocd.sock, or fmalloc/fmallocd.sock in XDG_RUNTIME_DIR]
@@ -68,12 +71,12 @@ pub struct Settings {
     #[arg(long, value_name = "SIZE")]
     #[serde(deserialize_with = "size")]
     pub max_budget: Option<Size>,
-    /// User who may connect, besides root and the daemon's own; may be repeated
+    /// User who may connect, by name or number, besides root and the daemon's own; may be repeated
     #[arg(long, value_name = "UID")]
-    pub allow_uid: Option<Vec<u32>>,
-    /// Group whose members may connect; may be repeated. The socket goes to the first
+    pub allow_uid: Option<Vec<Uid>>,
+    /// Group whose members may connect, by name or number; may be repeated. The socket goes to the first
     #[arg(long, value_name = "GID")]
-    pub allow_gid: Option<Vec<u32>>,
+    pub allow_gid: Option<Vec<Gid>>,
     /// Most clients at once [default: 1024]
     #[arg(long, value_name = "N")]
     pub max_clients: Option<usize>,

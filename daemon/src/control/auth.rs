@@ -58,9 +58,9 @@ fn supplementary_groups(socket: BorrowedFd<'_>) -> nix::Result<Vec<u32>> {
 /// A descriptor that becomes readable when the process at the other end ends.
 ///
 /// The kernel gives the very process that connected (6.5 and newer); before that it is looked up by its number, which
-/// could by then be another's, at worst of one that lives longer.
-pub(crate) fn pidfd(socket: BorrowedFd<'_>, peer: &Peer) -> nix::Result<OwnedFd> {
-    match getsockopt(&socket, PeerPidfd) {
+/// could by then be another's, at worst of one that lives longer. `ask_socket` says whether to try the former.
+pub(crate) fn pidfd(socket: BorrowedFd<'_>, peer: &Peer, ask_socket: bool) -> nix::Result<OwnedFd> {
+    match if ask_socket { getsockopt(&socket, PeerPidfd) } else { Err(Errno::ENOPROTOOPT) } {
         Err(Errno::ENOPROTOOPT) => open_pidfd(peer.pid),
         other => other,
     }

@@ -105,6 +105,7 @@ impl Client {
             uid: self.peer.uid,
             name: self.name.clone(),
             condition: condition.to_owned(),
+            write_protect: handle.as_ref().is_some_and(|handle| handle.write_protect),
             regions: self.regions.get(),
             stats: self.stats(),
         }

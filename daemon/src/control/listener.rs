@@ -1,4 +1,5 @@
-//! The socket that clients connect to: bound only if nobody else answers there, removed at the end.
+//! The socket that clients connect to: bound only if nobody else answers there, removed at the end. Or one that a
+//! service manager has made, which is left as it is.
 
 use std::fs::{self, File, TryLockError};
 use std::io;
@@ -10,12 +11,14 @@ use std::time::Duration;
 use anyhow::{Context, bail};
 use fmalloc_proto::transport;
 use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, accept4, bind, listen, socket};
 use tokio::io::unix::AsyncFd;
 
 use super::auth::Peer;
 use super::connection::watch;
 use crate::config::Service;
+use crate::service::Inherited;
 
 const TURN_ATTEMPTS: u32 = 40;
 const TURN_PAUSE: Duration = Duration::from_millis(25);
@@ -25,8 +28,8 @@ const TURN_PAUSE: Duration = Duration::from_millis(25);
 pub(crate) struct Listener {
     socket: AsyncFd<OwnedFd>,
     path: PathBuf,
-    /// Device and inode, so that a successor's socket is not removed in its place.
-    identity: (u64, u64),
+    /// Device and inode, so that a successor's socket is not removed in its place. None if it is not ours to remove.
+    identity: Option<(u64, u64)>,
 }
 
 impl Listener {
@@ -54,7 +57,15 @@ impl Listener {
         }
         fs::set_permissions(path, fs::Permissions::from_mode(service.socket_mode.0))?;
         listen(&fd, Backlog::MAXALLOWABLE)?;
-        Ok(Self { socket: watch(fd)?, path: path.clone(), identity })
+        Ok(Self { socket: watch(fd)?, path: path.clone(), identity: Some(identity) })
+    }
+
+    /// Takes over a socket that listens already. Must be called on the runtime.
+    pub(crate) fn inherit(inherited: Inherited) -> io::Result<Self> {
+        let Inherited { socket, path } = inherited;
+        let flags = OFlag::from_bits_retain(fcntl(&socket, FcntlArg::F_GETFL)?);
+        fcntl(&socket, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
+        Ok(Self { socket: watch(socket)?, path, identity: None })
     }
 
     /// The next connection. Cancel-safe.
@@ -74,9 +85,8 @@ impl Listener {
 
 impl Drop for Listener {
     fn drop(&mut self) {
-        let ours =
-            fs::symlink_metadata(&self.path).is_ok_and(|meta| (meta.dev(), meta.ino()) == self.identity);
-        if ours {
+        let there = fs::symlink_metadata(&self.path).map(|meta| (meta.dev(), meta.ino())).ok();
+        if self.identity.is_some() && self.identity == there {
             let _ = fs::remove_file(&self.path);
         }
     }

@@ -8,7 +8,7 @@
 //! - `pool`: the books of the RAM pool; `cgroup`: what a client's container can bear.
 
 mod auth;
-mod cgroup;
+pub(crate) mod cgroup;
 mod clients;
 mod connection;
 mod handover;
@@ -19,7 +19,7 @@ mod server;
 mod session;
 mod throttle;
 
-use std::cell::Cell;
+use std::cell::{Cell, Ref, RefCell};
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 use std::rc::Rc;
 use std::sync::Arc;
@@ -34,9 +34,11 @@ use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::socket::{SockType, getsockopt, sockopt};
 use tokio::task::LocalSet;
-use tracing::{info, warn};
+use tracing::{error, info, warn};
 
 use crate::config::{Config, Limits, Mode, Service, make_directory_of};
+use crate::service::reload::{Reloaded, Reloader};
+use crate::service::{self, Inherited, memory};
 use crate::swap::{Swap, SwapFile};
 use auth::{Peer, Policy};
 use clients::Clients;
@@ -57,8 +59,9 @@ const FDS_BESIDE: usize = 128;
 /// What all connections share.
 #[derive(Debug)]
 struct Daemon {
-    config: Config,
-    policy: Policy,
+    config: RefCell<Rc<Config>>,
+    policy: RefCell<Policy>,
+    reloader: Reloader,
     swap: Arc<Swap>,
     pool: Rc<Pool>,
     clients: Clients,
@@ -67,11 +70,12 @@ struct Daemon {
     started: Instant,
 }
 
-/// Runs the daemon until it is told to end, or its private client has ended.
+/// Runs the daemon until it is told to end, or its private client has ended. SIGHUP has `reloader` read the
+/// configuration again.
 ///
 /// # Errors
 /// What kept it from starting, with what to do about it.
-pub fn run(mut config: Config) -> anyhow::Result<()> {
+pub fn run(mut config: Config, reloader: Reloader) -> anyhow::Result<()> {
     raise_fd_limit(&mut config.limits);
     if config.features.io_uring
         && let Err(error) = io_uring::IoUring::new(2)
@@ -80,22 +84,30 @@ pub fn run(mut config: Config) -> anyhow::Result<()> {
         config.features.io_uring = false;
     }
     // Both before the swap file, whose creation may take long.
-    let private_socket = match &config.mode {
+    let mut inherited = None;
+    let private_socket = match &mut config.mode {
         Mode::Service(service) => {
-            prepare_service(service)?;
+            inherited = service::inherited_socket()?;
+            prepare_service(service, inherited.as_ref())?;
             None
         }
         Mode::Private(private) => Some(adopt(private.fd)?),
     };
     let swap = Arc::new(Swap::new(open_swap(&config)?)?);
-    let daemon = Rc::new(Daemon::new(config, swap));
+    let daemon = Rc::new(Daemon::new(config, reloader, swap));
     daemon.log_start();
 
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let tasks = LocalSet::new();
     let result = tasks.block_on(&runtime, async {
-        match (&daemon.config.mode, private_socket) {
-            (Mode::Service(service), _) => server::run(&daemon, Listener::bind(service)?).await,
+        match (&daemon.config().mode, private_socket) {
+            (Mode::Service(service), _) => {
+                let listener = match inherited {
+                    Some(inherited) => Listener::inherit(inherited)?,
+                    None => Listener::bind(service)?,
+                };
+                server::run(&daemon, listener).await
+            }
             (Mode::Private(_), Some(socket)) => server::run_private(&daemon, socket).await,
             (Mode::Private(_), None) => Ok(()),
         }
@@ -115,14 +127,15 @@ fn open_swap(config: &Config) -> anyhow::Result<SwapFile> {
     })
 }
 
-fn prepare_service(service: &Service) -> anyhow::Result<()> {
+fn prepare_service(service: &mut Service, inherited: Option<&Inherited>) -> anyhow::Result<()> {
+    if let Some(inherited) = inherited {
+        service.socket.clone_from(&inherited.path);
+    }
     for (path, mode) in [(&service.socket, 0o755), (&service.swap, 0o700)] {
         make_directory_of(path, mode).with_context(|| format!("cannot create the directory of {path:?}"))?;
     }
-    // Were the daemon killed for want of memory, all its clients would wait for theirs.
-    if let Err(error) = std::fs::write("/proc/self/oom_score_adj", "-900") {
-        tracing::debug!("the OOM score stays as it is: {error}");
-    }
+    memory::lower_oom_score();
+    memory::lock();
     Ok(())
 }
 
@@ -162,26 +175,71 @@ fn raise_fd_limit(limits: &mut Limits) {
     }
 }
 
+fn policy(config: &Config) -> Policy {
+    let (uids, gids) = match &config.mode {
+        Mode::Service(service) => (&service.allow_uids[..], &service.allow_gids[..]),
+        Mode::Private(_) => (&[][..], &[][..]),
+    };
+    Policy::new(nix::unistd::geteuid().as_raw(), uids, gids)
+}
+
 impl Daemon {
-    fn new(config: Config, swap: Arc<Swap>) -> Self {
-        let (uids, gids) = match &config.mode {
-            Mode::Service(service) => (&service.allow_uids[..], &service.allow_gids[..]),
-            Mode::Private(_) => (&[][..], &[][..]),
-        };
+    fn new(config: Config, reloader: Reloader, swap: Arc<Swap>) -> Self {
         Self {
-            policy: Policy::new(nix::unistd::geteuid().as_raw(), uids, gids),
+            policy: RefCell::new(policy(&config)),
+            reloader,
             swap,
             pool: Pool::new(config.pool),
             clients: Clients::default(),
             throttle: Throttle::new(),
             draining: Cell::new(false),
             started: Instant::now(),
-            config,
+            config: RefCell::new(Rc::new(config)),
         }
     }
 
+    /// What is in effect now.
+    fn config(&self) -> Rc<Config> {
+        Rc::clone(&self.config.borrow())
+    }
+
+    fn policy(&self) -> Ref<'_, Policy> {
+        self.policy.borrow()
+    }
+
+    fn is_service(&self) -> bool {
+        matches!(self.config().mode, Mode::Service(_))
+    }
+
+    /// Reads the configuration again. Clients that are connected stay, whatever it says.
+    fn reload(&self) {
+        if !self.is_service() {
+            info!("SIGHUP: a private daemon has no configuration to read again");
+            return;
+        }
+        if self.draining.get() {
+            info!("SIGHUP: nothing is read any more, since the daemon is ending");
+            return;
+        }
+        service::reloading();
+        match self.reloader.reload(&self.config()) {
+            Ok(Reloaded { mut config, changed, later }) => {
+                raise_fd_limit(&mut config.limits);
+                self.policy.replace(policy(&config));
+                self.config.replace(Rc::new(config));
+                let changed = if changed.is_empty() { "nothing".to_owned() } else { changed.join(", ") };
+                info!("SIGHUP: the configuration was read again; changed: {changed}");
+                if !later.is_empty() {
+                    warn!("changed, but only in effect after a restart of fmallocd: {}", later.join(", "));
+                }
+            }
+            Err(error) => error!("SIGHUP: the configuration stays as it was: {error}"),
+        }
+        service::ready("serving");
+    }
+
     fn log_start(&self) {
-        let config = &self.config;
+        let config = self.config();
         info!(
             version = env!("CARGO_PKG_VERSION"),
             pid = std::process::id(),
@@ -205,11 +263,11 @@ impl Daemon {
     }
 
     fn hands_out_device(&self) -> bool {
-        !matches!(&self.config.mode, Mode::Private(private) if private.user_mode_only)
+        !matches!(&self.config().mode, Mode::Private(private) if private.user_mode_only)
     }
 
     fn socket_name(&self) -> String {
-        match &self.config.mode {
+        match &self.config().mode {
             Mode::Service(service) => service.socket.display().to_string(),
             Mode::Private(_) => String::new(),
         }
@@ -230,7 +288,7 @@ impl Daemon {
             swap_claimed_bytes: self.swap.claimed_pages().saturating_mul(PAGE),
             swap_used_bytes: self.swap.used_slots().saturating_mul(PAGE),
             direct_io: self.swap.file.direct(),
-            io_uring: self.config.features.io_uring,
+            io_uring: self.config().features.io_uring,
             pool_bytes: self.pool.size(),
             pool_granted_bytes: self.pool.granted(),
             clients: to_u64(self.clients.len()),

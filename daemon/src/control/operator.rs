@@ -56,7 +56,7 @@ fn dispatch(daemon: &Rc<Daemon>, peer: &Peer, request: Request) -> Result<Pendin
 }
 
 fn may_see(daemon: &Daemon, peer: &Peer, client: &Client) -> bool {
-    daemon.policy.is_administrator(peer) || client.peer.uid == peer.uid
+    daemon.policy().is_administrator(peer) || client.peer.uid == peer.uid
 }
 
 fn find(daemon: &Daemon, peer: &Peer, number: u64) -> Result<Rc<Client>, Failure> {
@@ -91,8 +91,8 @@ fn regions(daemon: &Daemon, peer: &Peer, query: RegionsQuery) -> Result<Pending,
 
 fn start_limit(daemon: &Rc<Daemon>, peer: &Peer, limit: Limit) -> Result<Pending, Failure> {
     let client = find(daemon, peer, limit.client)?;
-    if !daemon.policy.is_administrator(peer) {
-        check_budget(limit.bytes, daemon.config.max_budget)?;
+    if !daemon.policy().is_administrator(peer) {
+        check_budget(limit.bytes, daemon.config().max_budget)?;
     }
     let uid = peer.uid;
     let daemon = Rc::clone(daemon);

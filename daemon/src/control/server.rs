@@ -19,6 +19,7 @@ use super::auth::Peer;
 use super::connection::{Connection, failure};
 use super::listener::Listener;
 use super::{Daemon, HANDSHAKE, operator, session};
+use crate::service;
 
 /// Pause after `accept` has failed: for want of descriptors or memory it would fail again at once.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
@@ -28,6 +29,8 @@ const DRAIN_WATCH: Duration = Duration::from_millis(50);
 const RESERVED: usize = 8;
 /// Places of one user beyond those of its clients: for fmallocctl.
 const BESIDE_CLIENTS: usize = 16;
+/// The one signal that does not end the daemon.
+const HANGUP: &str = "SIGHUP";
 /// Peers at once that are told why they are refused; beyond these they are just dropped.
 const REFUSALS: usize = 64;
 
@@ -36,6 +39,8 @@ pub(crate) async fn run(daemon: &Rc<Daemon>, listener: Listener) -> anyhow::Resu
     let seats = Rc::new(Seats::default());
     let mut signals = Signals::new()?;
     let mut drain = Drain::new(daemon);
+    spawn_local(service::watchdog());
+    service::ready("serving");
     info!("ready");
     loop {
         tokio::select! {
@@ -48,7 +53,11 @@ pub(crate) async fn run(daemon: &Rc<Daemon>, listener: Listener) -> anyhow::Resu
                     sleep(ACCEPT_PAUSE).await;
                 }
             },
-            name = signals.next() => if drain.signalled(name) { break },
+            name = signals.next() => if name == HANGUP {
+                daemon.reload();
+            } else if drain.signalled(name) {
+                break;
+            },
             () = drain.finished() => break,
         }
     }
@@ -67,7 +76,11 @@ pub(crate) async fn run_private(daemon: &Rc<Daemon>, socket: OwnedFd) -> anyhow:
     loop {
         tokio::select! {
             _ = &mut session => break,
-            name = signals.next() => if drain.signalled(name) { break },
+            name = signals.next() => if name == HANGUP {
+                daemon.reload();
+            } else if drain.signalled(name) {
+                break;
+            },
             () = drain.finished() => break,
         }
     }
@@ -118,15 +131,15 @@ fn receive(daemon: &Rc<Daemon>, seats: &Rc<Seats>, socket: OwnedFd) {
 }
 
 fn admit(daemon: &Daemon, seats: &Rc<Seats>, peer: &Peer) -> Result<[Seat; 2], Failure> {
-    if !daemon.policy.admits(peer) {
+    if !daemon.policy().admits(peer) {
         let text = format!(
             "uid {} may not use this fmallocd; its administrator can allow that with --allow-uid or --allow-gid",
             peer.uid
         );
         return Err(failure(ErrorCode::Denied, text));
     }
-    let limits = daemon.config.limits;
-    let (of_all, of_uid) = if daemon.policy.is_administrator(peer) {
+    let limits = daemon.config().limits;
+    let (of_all, of_uid) = if daemon.policy().is_administrator(peer) {
         (limits.connections, usize::MAX)
     } else {
         (
@@ -209,18 +222,21 @@ impl Drop for Seat {
 struct Signals {
     terminate: Signal,
     interrupt: Signal,
+    hangup: Signal,
 }
 
 impl Signals {
     fn new() -> std::io::Result<Self> {
         let terminate = signal(SignalKind::terminate())?;
-        Ok(Self { terminate, interrupt: signal(SignalKind::interrupt())? })
+        let hangup = signal(SignalKind::hangup())?;
+        Ok(Self { terminate, interrupt: signal(SignalKind::interrupt())?, hangup })
     }
 
     async fn next(&mut self) -> &'static str {
         tokio::select! {
             _ = self.terminate.recv() => "SIGTERM",
             _ = self.interrupt.recv() => "SIGINT",
+            _ = self.hangup.recv() => HANGUP,
         }
     }
 }
@@ -246,6 +262,9 @@ impl<'a> Drain<'a> {
         if self.daemon.draining.replace(true) {
             warn!("{name} again: ending; {} clients are left waiting for their memory", holders.len());
             return true;
+        }
+        if self.daemon.is_service() {
+            service::stopping(&format!("ending when {} clients have ended", holders.len()));
         }
         info!("{name}: no new clients; {} clients hold memory, a second signal ends at once", holders.len());
         for client in &holders {

@@ -120,7 +120,7 @@ fn admit(
     if daemon.draining.get() {
         return Err(draining());
     }
-    let limits = daemon.config.limits;
+    let limits = daemon.config().limits;
     if daemon.clients.len() >= limits.clients {
         let text = format!("{} clients are the most that fmallocd takes (max_clients)", limits.clients);
         return Err(failure(ErrorCode::Limit, text));
@@ -130,11 +130,11 @@ fn admit(
         let text = format!("{most} clients are the most that uid {uid} may have (max_clients_per_uid)");
         return Err(failure(ErrorCode::Limit, text));
     }
-    let exit =
-        auth::pidfd(connection.as_fd(), peer).map_err(|error| system("watch your process", error.into()))?;
+    let exit = auth::pidfd(connection.as_fd(), peer, daemon.config().features.peer_pidfd)
+        .map_err(|error| system("watch your process", error.into()))?;
     let exit = watch(exit).map_err(|error| system("watch your process", error))?;
     let budget = if open.budget == 0 { default_budget(daemon, peer) } else { open.budget };
-    check_budget(budget, daemon.config.max_budget)?;
+    check_budget(budget, daemon.config().max_budget)?;
     let grant = daemon.pool.grant(budget).map_err(|error| failure(ErrorCode::PoolFull, error))?;
     let layout = ring_layout(budget);
     let handover = Handover::new(layout).map_err(|error| system("make a ring", error))?;
@@ -151,7 +151,7 @@ fn admit(
 /// What a client gets that asks for no certain budget: no more than its control group can bear.
 fn default_budget(daemon: &Daemon, peer: &Peer) -> u64 {
     let bearable = cgroup::memory_limit(peer.pid).map_or(u64::MAX, |limit| limit / 4 * 3);
-    daemon.config.default_budget.min(bearable.max(MIN_BUDGET))
+    daemon.config().default_budget.min(bearable.max(MIN_BUDGET))
 }
 
 pub(crate) fn check_budget(bytes: u64, most: u64) -> Result<(), Failure> {
@@ -222,10 +222,15 @@ async fn receive_attach(
 ) -> Result<Received, End> {
     let error = match connection.request().await {
         Ok(Incoming { id, request: Request::Goodbye(_), .. }) => return Err(End::Goodbye(id)),
-        Ok(Incoming { id, request: Request::Attach(attach), mut fds }) => match fds.pop() {
-            Some(uffd) if handover::is_userfaultfd(uffd.as_fd()) => return Ok(Received { id, attach, uffd }),
-            _ => RecvError::violation(id, "what came with Attach is not a userfaultfd"),
-        },
+        Ok(Incoming { id, request: request @ Request::Attach(attach), mut fds }) => {
+            match (validate::request(&request), fds.pop()) {
+                (Err(error), _) => RecvError::violation(id, error.to_string()),
+                (Ok(()), Some(uffd)) if handover::is_userfaultfd(uffd.as_fd()) => {
+                    return Ok(Received { id, attach, uffd });
+                }
+                _ => RecvError::violation(id, "what came with Attach is not a userfaultfd"),
+            }
+        }
         Ok(Incoming { id, .. }) => RecvError::violation(id, "the second request must be Attach"),
         Err(error) => error,
     };
@@ -252,10 +257,11 @@ async fn attach(
         uffd,
         ring: handover.ring,
         layout,
+        staging: attach.staging,
         agent_doorbell: handover.agent_doorbell,
         daemon_doorbell: handover.daemon_doorbell,
         swap: Arc::clone(&daemon.swap),
-        features: daemon.config.features,
+        features: daemon.config().features,
     };
     // The handshake with the kernel may take its time: not on this thread.
     let spawned = tokio::task::spawn_blocking(|| fault::spawn(setup)).await;
@@ -362,7 +368,7 @@ fn dispatch(daemon: &Rc<Daemon>, client: &Rc<Client>, request: Request) -> Resul
         }
         Request::Stats(_) => now(Reply::Stats(client.stats())),
         Request::SetBudget(Budget { bytes }) => {
-            let (client, most) = (Rc::clone(client), daemon.config.max_budget);
+            let (client, most) = (Rc::clone(client), daemon.config().max_budget);
             Box::pin(async move {
                 if let Err(failure) = check_budget(bytes, most) {
                     return Reply::Error(failure);
@@ -389,7 +395,7 @@ fn dispatch(daemon: &Rc<Daemon>, client: &Rc<Client>, request: Request) -> Resul
 }
 
 fn start_register(daemon: &Daemon, client: &Rc<Client>, register: Register) -> Pending {
-    let most = daemon.config.limits.regions;
+    let most = daemon.config().limits.regions;
     if client.regions.get() >= most {
         let text = format!("{most} regions are the most that a client may have (max_regions)");
         return now(Reply::Error(failure(ErrorCode::Limit, text)));

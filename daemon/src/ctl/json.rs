@@ -1,6 +1,7 @@
 //! JSON for programs. The fields and their descriptions are declared once, below: the help text is made from the same
 //! table as the structs, so none can be missing from it. Sizes are in bytes; a field is never renamed or reused.
 
+use std::collections::BTreeMap;
 use std::io::{self, Write};
 
 use fmalloc_proto::PAGE;
@@ -54,6 +55,7 @@ object! {
         uid: u32 = "user id",
         name: String = "name that the client gave",
         condition: String = "what hinders it, for people; empty if nothing",
+        mover: &'static str = "move, or write-protect (kernels before 6.8)",
         regions: u32 = "regions",
         budget_bytes: u64 = "RAM budget",
         resident_bytes: u64 = "memory of its regions in RAM",
@@ -109,11 +111,38 @@ object! {
     }
 }
 
+object! {
+    /// Printed by `fmallocctl --json doctor`.
+    Doctor, "doctor: an object" {
+        usable: bool = "fmalloc can run here, by one way at least",
+        service: bool = "with the service",
+        private: bool = "with private daemons",
+        private_user_mode: bool = "with private daemons for programs that accept user_mode_only",
+        features: BTreeMap<&'static str, &'static str> = "each UFFD_FEATURE: yes, no, or denied to this user",
+        figures: BTreeMap<&'static str, u64> = "what was measured; the unit is part of the name",
+        checks: Vec<Check> = "what was looked at, in order",
+    }
+}
+
+object! {
+    /// An element of `checks` in [`Doctor`].
+    Check, "checks of doctor: objects" {
+        area: String = "heading",
+        check: String = "what was looked at",
+        state: String = "ok, note, costs (works, at a price), blocks (closes one way)",
+        found: String = "what was found, for people",
+        cost: Option<String> = "what it costs, null if nothing",
+        mend: Option<String> = "the command that mends it, null if there is none",
+    }
+}
+
 /// Describes every field, for the long help.
 #[must_use]
 pub fn fields_help() -> String {
     let mut out = "Fields of --json, sizes in bytes:\n".to_owned();
-    for help in [Status::help, Client::help, Region::help, Limit::help, Evict::help] {
+    for help in
+        [Status::help, Client::help, Region::help, Limit::help, Evict::help, Doctor::help, Check::help]
+    {
         help(&mut out);
     }
     out.truncate(out.trim_end().len());
@@ -161,6 +190,7 @@ impl From<&ClientRow> for Client {
             uid: row.uid,
             name: row.name.clone(),
             condition: row.condition.clone(),
+            mover: if row.write_protect { "write-protect" } else { "move" },
             regions: row.regions,
             budget_bytes: stats.budget_bytes,
             resident_bytes: pages(stats.resident_pages),
@@ -217,6 +247,7 @@ mod tests {
             uid: 3,
             name: "x".to_owned(),
             condition: String::new(),
+            write_protect: false,
             regions: 0,
             stats,
         };

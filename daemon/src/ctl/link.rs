@@ -43,7 +43,8 @@ impl Link {
         Err(CtlError::NoDaemon(format!(
             "no fmallocd answers; tried:{tried}\n\
              Start one with `systemctl start fmallocd`, or `fmallocd` as root or by yourself (see fmallocd --help), \
-             or name its socket with --socket or FMALLOC_SOCKET."
+             or name its socket with --socket or FMALLOC_SOCKET. \
+             `fmallocctl doctor` finds out what is missing."
         )))
     }
 

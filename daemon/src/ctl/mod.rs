@@ -1,8 +1,10 @@
 //! `fmallocctl`: one request or listing per run, as tables for people or as JSON for programs. Blocking code on one
 //! thread; knows nothing of the daemon but the protocol.
 //!
-//! - `link`: finds a daemon and asks it; `tables` and [`json`]: what is printed.
+//! - `link`: finds a daemon and asks it; `tables` and [`json`]: what is printed;
+//! - `doctor`: whether fmalloc can run here, with or without a daemon.
 
+mod doctor;
 pub mod json;
 mod link;
 mod tables;
@@ -28,13 +30,16 @@ const REFUSED: u8 = 1;
 const USAGE: u8 = 2;
 /// No daemon answers.
 const NO_DAEMON: u8 = 3;
+/// The doctor's verdict.
+const NOT_HERE: u8 = 4;
 
 const EXIT_CODES: &str = "\
 Exit codes:
   0  done
   1  the daemon refused, or the output could not be written
   2  the command line makes no sense
-  3  no daemon answers";
+  3  no daemon answers
+  4  doctor: fmalloc cannot run here";
 
 /// Inspects and controls fmallocd.
 ///
@@ -78,6 +83,8 @@ enum Command {
         /// At most so much, such as 64M
         size: Option<Size>,
     },
+    /// Try whether fmalloc can run here, and say what would mend it if not
+    Doctor(doctor::Options),
 }
 
 /// A client, or one region of it.
@@ -117,6 +124,8 @@ enum CtlError {
     NoDaemon(String),
     #[error("cannot write: {0}")]
     Output(#[from] io::Error),
+    #[error("fmalloc cannot run here")]
+    NotHere,
 }
 
 /// Runs one command and gives the process's exit code: see the long help.
@@ -135,6 +144,7 @@ pub fn run(cli: &Cli) -> ExitCode {
         CtlError::Refused(_) | CtlError::Output(_) => REFUSED,
         CtlError::Usage(_) => USAGE,
         CtlError::NoDaemon(_) => NO_DAEMON,
+        CtlError::NotHere => NOT_HERE,
     })
 }
 
@@ -145,9 +155,14 @@ fn execute(cli: &Cli) -> Result<(), CtlError> {
         let text = format!("a budget of {size} is less than a client needs; at least {}", Size(MIN_BUDGET));
         return Err(CtlError::Usage(text));
     }
-    let mut link = Link::open(cli.socket.as_deref().filter(|path| !path.as_os_str().is_empty()))?;
+    let socket = cli.socket.as_deref().filter(|path| !path.as_os_str().is_empty());
+    if let Command::Doctor(options) = &cli.command {
+        return doctor(&doctor::examine(options, socket), cli.json);
+    }
+    let mut link = Link::open(socket)?;
     let mut out = io::stdout().lock();
     match cli.command {
+        Command::Doctor(_) => Ok(()),
         Command::Status => match link.ask(&Request::Status(Empty {}))? {
             Reply::Status(status) if cli.json => json::print(&mut out, &json::Status::from(&*status)),
             Reply::Status(status) => writeln!(out, "{}", tables::status(&status)),
@@ -192,6 +207,16 @@ fn execute(cli: &Cli) -> Result<(), CtlError> {
         }
     }
     .map_err(CtlError::Output)
+}
+
+fn doctor(report: &doctor::Report, json: bool) -> Result<(), CtlError> {
+    let mut out = io::stdout().lock();
+    if json {
+        json::print(&mut out, &report.json())?;
+    } else {
+        writeln!(out, "{}", report.text())?;
+    }
+    if report.usable() { Ok(()) } else { Err(CtlError::NotHere) }
 }
 
 fn clients(link: &mut Link) -> Result<Vec<ClientRow>, CtlError> {

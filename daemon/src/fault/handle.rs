@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::JoinHandle;
 
-use fmalloc_proto::messages::{Advice, Failure, RegionRange, RegionRow};
+use fmalloc_proto::messages::{Advice, Failure, RegionRange, RegionRow, Staging};
 use fmalloc_proto::ring::Layout;
 use nix::sys::eventfd::EventFd;
 use tokio::sync::oneshot;
@@ -109,6 +109,8 @@ pub struct Setup {
     pub ring: OwnedFd,
     /// Layout of the ring.
     pub layout: Layout,
+    /// Where the agent remaps pages to that it evicts by write-protection. None if it moves pages.
+    pub staging: Option<Staging>,
     /// Wakes the agent.
     pub agent_doorbell: EventFd,
     /// The agent wakes this thread.
@@ -126,6 +128,8 @@ pub struct Features {
     pub io_uring: bool,
     /// UFFDIO_POISON.
     pub poison: bool,
+    /// SO_PEERPIDFD.
+    pub peer_pidfd: bool,
 }
 
 /// The control plane's end of a fault thread.
@@ -139,15 +143,21 @@ pub struct Handle {
     pub thread: Option<JoinHandle<()>>,
     /// The kernel lets the daemon poison this client's pages.
     pub poison: bool,
+    /// The agent evicts by write-protection.
+    pub write_protect: bool,
 }
 
 impl Handle {
     /// Wires up a handle; used by the fault thread's `spawn`.
-    pub(super) fn new(stats: Arc<SharedStats>, poison: bool) -> nix::Result<(Self, Receiver<Command>, Arc<EventFd>)> {
+    pub(super) fn new(
+        stats: Arc<SharedStats>,
+        poison: bool,
+        write_protect: bool,
+    ) -> nix::Result<(Self, Receiver<Command>, Arc<EventFd>)> {
         use nix::sys::eventfd::EfdFlags;
         let wake = Arc::new(EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?);
         let (commands, receiver) = channel();
-        let handle = Self { commands, wake: Arc::clone(&wake), stats, thread: None, poison };
+        let handle = Self { commands, wake: Arc::clone(&wake), stats, thread: None, poison, write_protect };
         Ok((handle, receiver, wake))
     }
 

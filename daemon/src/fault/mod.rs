@@ -3,6 +3,7 @@
 pub mod handle;
 pub mod memory;
 pub mod reactor;
+pub mod remaps;
 pub mod requests;
 pub mod stats;
 pub mod thread;

@@ -12,6 +12,7 @@ use fmalloc_proto::ring::{BatchKind, Layout, PageResult, Ring, STATE_DONE, STATE
 use nix::sys::eventfd::EventFd;
 
 use super::memory::Memory;
+use super::remaps::Remaps;
 use crate::hash::{PageKey, is_zero};
 use crate::pager::page::PageId;
 use crate::pager::{Content, Pager, Store};
@@ -82,8 +83,33 @@ impl AgentRing {
         let _ = nix::unistd::write(self.agent.as_fd(), &1_u64.to_ne_bytes());
     }
 
+    /// Asks the agent to leave in place what it has not taken yet.
+    pub fn stop(&self) {
+        let busy = (0..self.ring.layout().batches()).zip(&self.asked).filter(|(_, asked)| asked.is_some());
+        busy.for_each(|(batch, _)| self.ring.stop(batch));
+    }
+
+    /// Has the agent take nothing from now on, or go on.
+    pub fn shut_gate(&self, shut: bool) {
+        self.ring.set_gate(shut);
+    }
+
+    /// Whether the agent works on evicting this page.
+    #[must_use]
+    pub fn is_out<S: Store>(&self, pager: &Pager<S>, page: PageId) -> bool {
+        let evicts = |asked: &Option<Asked>| asked.is_some_and(|asked| asked.kind == BatchKind::Evict);
+        let batches = (0..self.ring.layout().batches()).zip(&self.asked).filter(|(_, asked)| evicts(asked));
+        batches.into_iter().any(|(batch, _)| pager.batch_pages(batch).contains(&page))
+    }
+
     /// Hands the answers of finished batches to the pager.
-    pub fn collect<S: Store>(&mut self, pager: &mut Pager<S>, memory: &Memory, key: &PageKey) {
+    pub fn collect<S: Store>(
+        &mut self,
+        pager: &mut Pager<S>,
+        memory: &Memory,
+        key: &PageKey,
+        remaps: Option<&Remaps>,
+    ) {
         for batch in 0..self.ring.layout().batches() {
             let Some(asked) = self.asked[batch as usize] else { continue };
             if self.ring.state(batch) != STATE_DONE {
@@ -91,7 +117,7 @@ impl AgentRing {
             }
             self.asked[batch as usize] = None;
             match asked.kind {
-                BatchKind::Evict => self.collect_evicted(batch, asked.count, pager, memory, key),
+                BatchKind::Evict => self.collect_evicted(batch, asked.count, pager, memory, key, remaps),
                 BatchKind::Probe | BatchKind::Protect => {
                     for index in 0..asked.count {
                         let page = pager.batch_pages(batch)[index as usize];
@@ -117,13 +143,20 @@ impl AgentRing {
         pager: &mut Pager<S>,
         memory: &Memory,
         key: &PageKey,
+        remaps: Option<&Remaps>,
     ) {
         let mut spare = None;
         for index in 0..count {
             let page: PageId = pager.batch_pages(batch)[index as usize];
-            let result = PageResult::from_number(self.ring.result(batch, index)).unwrap_or(PageResult::Failed);
+            let result =
+                PageResult::from_number(self.ring.result(batch, index)).unwrap_or(PageResult::Failed);
             if result != PageResult::Moved {
                 pager.not_evicted(page, result);
+                continue;
+            }
+            let place = pager.regions().place(page).map(|(addr, _)| addr);
+            if remaps.zip(place).is_some_and(|(remaps, addr)| remaps.is_strange(addr)) {
+                pager.not_evicted(page, PageResult::Absent);
                 continue;
             }
             let Some(buffer) = spare.take().or_else(|| pager.take_write_buffer()) else {
@@ -135,7 +168,11 @@ impl AgentRing {
             // SAFETY: a page of the ring, into a buffer that nobody else uses. The client may write to the ring meanwhile:
             // then the copy holds a mixture of its own bytes.
             unsafe {
-                ptr::copy_nonoverlapping(self.ring.page(batch, index).as_ptr(), memory.buffer(buffer).as_ptr(), PAGE_SIZE);
+                ptr::copy_nonoverlapping(
+                    self.ring.page(batch, index).as_ptr(),
+                    memory.buffer(buffer).as_ptr(),
+                    PAGE_SIZE,
+                );
             }
             let bytes = memory.page(buffer);
             let zero = is_zero(bytes);

@@ -18,6 +18,7 @@ use nix::sys::eventfd::EventFd;
 use super::handle::{Answer, Command, Handle, Setup};
 use super::memory::{Memory, ZERO_PAGES};
 use super::reactor::{Completion, Io, Psync, Reactor, Ready, Uring, Watched};
+use super::remaps::Remaps;
 use super::requests::AgentRing;
 use super::stats::{Condition, SharedStats};
 use super::uffd::{BATCH, ClientUffd, Message};
@@ -51,7 +52,8 @@ pub fn ring_layout(budget: u64) -> Layout {
 /// What the handshake or the system refused; nothing is left behind.
 pub fn spawn(setup: Setup) -> anyhow::Result<Handle> {
     use anyhow::Context;
-    let uffd = ClientUffd::handshake(setup.uffd, setup.features.poison)
+    let write_protect = setup.staging.is_some();
+    let uffd = ClientUffd::handshake(setup.uffd, setup.features.poison, write_protect)
         .context("the userfaultfd was refused: the API handshake failed or was done before")?;
     let agent = AgentRing::new(&setup.ring, setup.layout, setup.agent_doorbell, setup.daemon_doorbell)
         .context("mapping the ring")?;
@@ -60,7 +62,7 @@ pub fn spawn(setup: Setup) -> anyhow::Result<Handle> {
         .context("memory for I/O buffers")?;
     let arena = Arena::new().context("the arena for page tables")?;
     let stats = Arc::new(SharedStats::default());
-    let (mut handle, commands, wake) = Handle::new(Arc::clone(&stats), uffd.poison)?;
+    let (mut handle, commands, wake) = Handle::new(Arc::clone(&stats), uffd.poison, write_protect)?;
     let slots = ClientSlots::new(Arc::clone(&setup.swap), setup.client);
     let pager = Pager::new(slots, arena, sizes);
     stats.publish(&pager.stats());
@@ -71,7 +73,8 @@ pub fn spawn(setup: Setup) -> anyhow::Result<Handle> {
         let watched =
             Watched { uffd: uffd.raw(), agent: agent.doorbell(), commands: wake.as_fd().as_raw_fd() };
         let file = swap.file.fd().as_raw_fd();
-        let uring = if io_uring { Uring::new(watched, file) } else { Err(std::io::ErrorKind::Unsupported.into()) };
+        let uring =
+            if io_uring { Uring::new(watched, file) } else { Err(std::io::ErrorKind::Unsupported.into()) };
         let reactor: Box<dyn Reactor> = match uring {
             Ok(uring) => Box::new(uring),
             Err(error) => {
@@ -94,6 +97,7 @@ pub fn spawn(setup: Setup) -> anyhow::Result<Handle> {
             commands,
             wake,
             stats,
+            remaps: setup.staging.map(Remaps::new),
             started: Instant::now(),
             messages: Vec::with_capacity(BATCH),
             done: Vec::with_capacity(256),
@@ -147,6 +151,8 @@ struct FaultThread {
     commands: Receiver<Command>,
     wake: Arc<EventFd>,
     stats: Arc<SharedStats>,
+    /// Of an agent that evicts by write-protection.
+    remaps: Option<Remaps>,
     started: Instant,
     messages: Vec<Message>,
     done: Vec<Completion>,
@@ -202,8 +208,9 @@ impl FaultThread {
         if ready.uffd_error {
             self.uffd.restore_nonblocking();
         }
-        self.unread |= ready.uffd;
-        if self.unread || self.pager.is_blocked() || !self.rows.registering.is_empty() {
+        self.unread |= ready.uffd | self.has_kept();
+        let waits = self.pager.is_blocked() || self.pager.has_unknown() || !self.rows.registering.is_empty();
+        if self.unread || waits {
             self.read_messages();
         }
         if self.retry_after.take().is_some() {
@@ -226,10 +233,11 @@ impl FaultThread {
             let now = u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX);
             Duration::from_millis(at.saturating_sub(now).max(1))
         });
-        let registering = (!self.rows.registering.is_empty()).then_some(RETRY);
+        let waits = self.pager.has_unknown() || !self.rows.registering.is_empty();
+        let events = waits.then_some(RETRY);
         let watchful = self.agent_gone || !self.rows.budgets.is_empty() || self.agent.is_busy();
         let look = watchful.then_some(LOOK_AROUND);
-        [clock, self.retry_after, registering, look].into_iter().flatten().min()
+        [clock, self.retry_after, events, look].into_iter().flatten().min()
     }
 
     /// Reads what the kernel has to tell. Faults always; events only while no page is on its way out, since what an event
@@ -237,20 +245,32 @@ impl FaultThread {
     fn read_messages(&mut self) {
         loop {
             let mut most = BATCH;
-            if self.pager.evicting() > 0 && !self.agent_waits {
+            let remaps = self.remaps.is_some();
+            if self.pager.evicting() > 0 && !self.agent_waits && !remaps {
                 most = self.uffd.pending_faults();
+                if most == 0 && !self.uffd.is_readable() {
+                    break;
+                }
+                // A fault may have come between the two looks.
+                most = most.max(self.uffd.pending_faults());
                 if most == 0 {
-                    // If it is readable all the same, an event waits: it is read when the last batch is back.
+                    // Readable without a fault: an event waits, and is read when the last batch is back.
                     self.pager.hold_evictions(true);
                     self.unread = true;
                     return;
                 }
             }
             let mut messages = std::mem::take(&mut self.messages);
+            if remaps {
+                self.agent.shut_gate(true);
+            }
             self.uffd.read(&mut messages, most);
             let drained = messages.is_empty();
             for message in messages.drain(..) {
                 self.message(message);
+            }
+            if remaps {
+                self.agent.shut_gate(false);
             }
             self.messages = messages;
             if drained {
@@ -258,16 +278,62 @@ impl FaultThread {
             }
         }
         self.unread = false;
+        if !self.feed_kept() {
+            return;
+        }
         self.agent_waits = false;
         self.pager.hold_evictions(false);
-        self.pager.events_drained();
         self.pager.retry();
-        self.finish_registering();
+        let waits = self.pager.has_unknown() || !self.rows.registering.is_empty();
+        // An empty queue is not enough: an event may be on its way into it.
+        if waits && self.uffd.test() != Some(Stop::Again) {
+            self.pager.events_drained();
+            self.finish_registering();
+        }
     }
 
     fn message(&mut self, message: Message) {
+        if let Some(remaps) = &mut self.remaps
+            && !matches!(message, Message::Fault { .. })
+        {
+            if remaps.is_own(&message) {
+                return;
+            }
+            if self.pager.evicting() > 0 || remaps.has_kept() {
+                remaps.keep(message);
+                self.agent.stop();
+                self.pager.hold_evictions(true);
+                return;
+            }
+        }
+        self.feed(message);
+    }
+
+    fn has_kept(&self) -> bool {
+        self.remaps.as_ref().is_some_and(Remaps::has_kept)
+    }
+
+    /// Tells the pager of events that were kept back until nothing is on its way out. False if something still is.
+    fn feed_kept(&mut self) -> bool {
+        if self.has_kept() {
+            if self.pager.evicting() > 0 {
+                return false;
+            }
+            let kept = self.remaps.as_mut().map(Remaps::take_kept).unwrap_or_default();
+            kept.into_iter().for_each(|event| self.feed(event));
+        }
+        true
+    }
+
+    fn feed(&mut self, message: Message) {
         match message {
-            Message::Fault { addr, thread } => {
+            // What is on its way out will be gone, or unprotected, when it is back.
+            Message::Fault { addr, protected: true, .. } if !self.is_out(addr) => {
+                if let Some(remaps) = &mut self.remaps {
+                    remaps.unprotect_later(addr - addr % PAGE);
+                }
+            }
+            Message::Fault { addr, thread, .. } => {
                 let by_agent = thread == self.agent_tid;
                 self.agent_waits |= by_agent;
                 self.pager.fault(addr, by_agent);
@@ -279,8 +345,27 @@ impl FaultThread {
         }
     }
 
+    fn is_out(&self, addr: u64) -> bool {
+        let page = self.pager.regions().resolve(addr);
+        page.is_none_or(|page| self.agent.is_out(&self.pager, page))
+    }
+
+    /// Takes protection off where it has outlived its eviction, since the page was moved meanwhile.
+    fn unprotect(&mut self) {
+        let addrs = self.remaps.as_mut().map(Remaps::take_protected).unwrap_or_default();
+        for addr in addrs {
+            if self.is_out(addr) {
+                self.pager.fault(addr, false);
+            } else if self.uffd.unprotect(addr) == Some(Stop::Again) {
+                self.note(Some(Stop::Again));
+                self.remaps.iter_mut().for_each(|remaps| remaps.unprotect_later(addr));
+            }
+        }
+    }
+
     /// Does all that the pager wants done.
     fn act(&mut self) {
+        self.unprotect();
         while let Some(action) = self.pager.next_action() {
             match action {
                 Action::Map { page, addr, pages, source } => {
@@ -300,13 +385,17 @@ impl FaultThread {
                 }
                 Action::Wake { addr, pages } => self.uffd.wake(addr, pages),
                 Action::Assist { addr } => {
-                    let (_, stop) = self.uffd.copy(addr, self.memory.zeros().as_ptr(), 1);
+                    let stop = self.uffd.assist(addr, self.memory.zeros().as_ptr());
                     self.note(stop);
                     // Whatever came of it, the agent looks again, and faults again if it must.
                     self.uffd.wake(addr, 1);
                 }
                 Action::Poison { page, addr } => {
-                    tracing::error!(client = self.client, pid = self.pid, "page at {addr:#x} is lost: the swap file failed");
+                    tracing::error!(
+                        client = self.client,
+                        pid = self.pid,
+                        "page at {addr:#x} is lost: the swap file failed"
+                    );
                     if self.uffd.poison {
                         let stop = self.uffd.poison_page(addr);
                         self.note(stop);
@@ -376,7 +465,7 @@ impl FaultThread {
 
     /// Takes what the agent has finished.
     fn collect(&mut self) {
-        self.agent.collect(&mut self.pager, &self.memory, &self.swap.key);
+        self.agent.collect(&mut self.pager, &self.memory, &self.swap.key, self.remaps.as_ref());
     }
 
     fn publish(&mut self) {
@@ -473,9 +562,6 @@ impl FaultThread {
 
     /// Lets registered ranges count once no older event can be about their addresses.
     fn finish_registering(&mut self) {
-        if self.rows.registering.is_empty() || self.uffd.test() == Some(Stop::Again) {
-            return;
-        }
         for Registering { addr, len, commit, label, answer } in std::mem::take(&mut self.rows.registering) {
             let result = self.pager.register(addr, len, commit, label).map_err(|error| {
                 self.uffd.unregister(addr, len);
@@ -540,7 +626,9 @@ impl FaultThread {
                 self.rows.closing.push((region, answer));
             }
         }
-        if self.pager.is_within_budget() || self.rows.budgets.iter().any(|(at, _)| at.elapsed() > BUDGET_PATIENCE) {
+        if self.pager.is_within_budget()
+            || self.rows.budgets.iter().any(|(at, _)| at.elapsed() > BUDGET_PATIENCE)
+        {
             for (_, answer) in self.rows.budgets.drain(..) {
                 drop(answer.send(Ok(())));
             }
@@ -604,4 +692,3 @@ fn overlap() -> Failure {
         text: "the range overlaps a region that is registered already".to_owned(),
     }
 }
-

@@ -16,6 +16,9 @@ use userfaultfd::{FeatureFlags, RegisterMode, Uffd};
 use crate::pager::Stop;
 
 const POISON_FEATURE: u64 = 1 << 14;
+/// In a fault message: the page is there, and protected against writes.
+const FAULT_PROTECTED: u64 = 2;
+const COPY_PROTECTED: u64 = 2;
 const MESSAGE: usize = 32;
 /// Most messages taken by one call.
 pub const BATCH: usize = 64;
@@ -47,8 +50,15 @@ struct Fill {
     done: i64,
 }
 
+#[repr(C)]
+struct Protect {
+    start: u64,
+    len: u64,
+    mode: u64,
+}
+
 mod raw {
-    use super::{Api, Copy, Fill};
+    use super::{Api, Copy, Fill, Protect};
 
     nix::ioctl_readwrite!(
         /// UFFDIO_API: the handshake.
@@ -59,6 +69,9 @@ mod raw {
     nix::ioctl_readwrite!(
         /// UFFDIO_ZEROPAGE: maps the zero page.
         uffdio_zeropage, 0xaa, 0x04, Fill);
+    nix::ioctl_readwrite!(
+        /// UFFDIO_WRITEPROTECT: lets writes wait, or go on.
+        uffdio_writeprotect, 0xaa, 0x06, Protect);
     nix::ioctl_readwrite!(
         /// UFFDIO_POISON: makes accesses fail.
         uffdio_poison, 0xaa, 0x08, Fill);
@@ -73,6 +86,8 @@ pub enum Message {
         addr: u64,
         /// Which thread, in the client's pid namespace.
         thread: u32,
+        /// It is there, but protected against writes.
+        protected: bool,
     },
     /// Discard is about to happen.
     Remove {
@@ -109,6 +124,8 @@ pub struct ClientUffd {
     no_wait: bool,
     /// The kernel can poison pages.
     pub poison: bool,
+    /// The agent evicts by write-protection.
+    write_protect: bool,
 }
 
 impl ClientUffd {
@@ -116,11 +133,12 @@ impl ClientUffd {
     ///
     /// # Errors
     /// What the kernel refused.
-    pub fn handshake(fd: OwnedFd, poison: bool) -> Result<Self, Errno> {
-        let wanted = FeatureFlags::EVENT_REMOVE
+    pub fn handshake(fd: OwnedFd, poison: bool, write_protect: bool) -> Result<Self, Errno> {
+        let mut wanted = FeatureFlags::EVENT_REMOVE
             | FeatureFlags::EVENT_UNMAP
             | FeatureFlags::EVENT_REMAP
             | FeatureFlags::THREAD_ID;
+        wanted.set(FeatureFlags::PAGEFAULT_FLAG_WP, write_protect);
         let attempt = |features| {
             let mut api = Api { api: 0xaa, features, ioctls: 0 };
             // SAFETY: the structure is the kernel's, and the fd is ours.
@@ -136,7 +154,7 @@ impl ClientUffd {
         set_nonblocking(raw);
         let info = File::open(format!("/proc/self/fdinfo/{raw}"))
             .map_err(|error| Errno::from_raw(error.raw_os_error().unwrap_or(libc::EIO)))?;
-        Ok(Self { uffd, info, no_wait: true, poison })
+        Ok(Self { uffd, info, no_wait: true, poison, write_protect })
     }
 
     /// For polling.
@@ -150,7 +168,9 @@ impl ClientUffd {
     /// # Errors
     /// What the kernel refused.
     pub fn register(&self, addr: u64, len: u64) -> Result<(), userfaultfd::Error> {
-        self.uffd.register_with_mode(pointer(addr), to_usize(len), RegisterMode::MISSING).map(|_| ())
+        let mut mode = RegisterMode::MISSING;
+        mode.set(RegisterMode::WRITE_PROTECT, self.write_protect);
+        self.uffd.register_with_mode(pointer(addr), to_usize(len), mode).map(|_| ())
     }
 
     /// Takes a range out again and wakes all who wait there. What is no longer mapped does not matter.
@@ -175,10 +195,33 @@ impl ClientUffd {
             let result = unsafe { raw::uffdio_copy(self.raw(), &raw mut copy) };
             match outcome(result, copy.done, pages - mapped) {
                 (done, None) => mapped += done,
-                (done, stop) => return (mapped + done, stop),
+                (done, stop) => return (mapped + done, self.explained(stop)),
             }
         }
         (mapped, None)
+    }
+
+    /// Maps a page of zeros for the agent, in such a way that others read it and wait with writes.
+    pub fn assist(&self, addr: u64, zeros: *const u8) -> Option<Stop> {
+        let mode = if self.write_protect { COPY_PROTECTED } else { 0 };
+        let mut copy = Copy { dst: addr, src: zeros as u64, len: PAGE, mode, done: 0 };
+        // SAFETY: as in `copy`.
+        let result = unsafe { raw::uffdio_copy(self.raw(), &raw mut copy) };
+        self.explained(outcome(result, copy.done, 1).1)
+    }
+
+    /// Lets writes to a page go on, and wakes who waits there.
+    pub fn unprotect(&self, addr: u64) -> Option<Stop> {
+        let mut request = Protect { start: addr, len: PAGE, mode: 0 };
+        // SAFETY: the structure is the kernel's; it checks the address in the client.
+        let result = unsafe { raw::uffdio_writeprotect(self.raw(), &raw mut request) };
+        self.explained(outcome(result, 0, 1).1)
+    }
+
+    /// The kernel looks for the mapping before it looks whether mappings change: a call that mremap or munmap overtakes
+    /// finds nothing, and only the unread event tells where the page is now.
+    fn explained(&self, stop: Option<Stop>) -> Option<Stop> {
+        stop.map(|stop| if stop == Stop::NoRange { self.test().unwrap_or(stop) } else { stop })
     }
 
     /// Makes every access to the page fail, and wakes who waits for it.
@@ -186,7 +229,7 @@ impl ClientUffd {
         let mut fill = Fill { start: addr, len: PAGE, mode: 0, done: 0 };
         // SAFETY: the structure is the kernel's; it checks the address in the client.
         let result = unsafe { raw::uffdio_poison(self.raw(), &raw mut fill) };
-        outcome(result, fill.done, 1).1
+        self.explained(outcome(result, fill.done, 1).1)
     }
 
     /// What a call that maps would say now, without mapping anything: none if it could.
@@ -223,6 +266,14 @@ impl ClientUffd {
             }
         }
         nix::unistd::read(&self.uffd, bytes).unwrap_or(0)
+    }
+
+    /// Whether anything waits to be read, faults or events.
+    #[must_use]
+    pub fn is_readable(&self) -> bool {
+        let mut fds = [libc::pollfd { fd: self.raw(), events: libc::POLLIN, revents: 0 }];
+        // SAFETY: one entry, no waiting.
+        unsafe { libc::poll(fds.as_mut_ptr(), 1, 0) > 0 }
     }
 
     /// Faults that wait to be read. While there are any, reading gives faults and not events.
@@ -279,7 +330,11 @@ fn outcome(result: Result<i32, Errno>, field: i64, pages: u64) -> (u64, Option<S
 fn parse(bytes: &[u8]) -> Message {
     let word = |at: usize| u64::from_ne_bytes(bytes[at..at + 8].try_into().unwrap_or_default());
     match bytes[0] {
-        0x12 => Message::Fault { addr: word(16), thread: u32::try_from(word(24) & 0xffff_ffff).unwrap_or(0) },
+        0x12 => Message::Fault {
+            addr: word(16),
+            thread: u32::try_from(word(24) & 0xffff_ffff).unwrap_or(0),
+            protected: word(8) & FAULT_PROTECTED != 0,
+        },
         0x14 => Message::Remap { from: word(8), to: word(16), len: word(24) },
         0x15 => Message::Remove { start: word(8), end: word(16) },
         0x16 => Message::Unmap { start: word(8), end: word(16) },

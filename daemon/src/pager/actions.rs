@@ -1,6 +1,8 @@
 //! Hands out work and takes the results of mapping and poisoning.
 
-use super::page::{FROM_BUFFER, PageId, State, WANTED};
+use fmalloc_proto::PAGE;
+
+use super::page::{FRESH, FROM_BUFFER, PageId, State, WANTED};
 use super::{Action, Pager, Source, Store};
 
 /// Why fewer pages were mapped than asked.
@@ -21,30 +23,34 @@ pub enum Stop {
 impl<S: Store> Pager<S> {
     /// The next thing to do, if there is any. Mapping comes first: threads wait for it.
     pub fn next_action(&mut self) -> Option<Action> {
-        if !self.maps_blocked
-            && let Some(action) = self.next_map()
-        {
+        if let Some(action) = self.ready_action() {
             return Some(action);
         }
-        if self.out.is_empty() {
-            self.write_dirty();
-            self.plan();
+        self.write_dirty();
+        self.continue_willneed();
+        self.plan();
+        self.ready_action()
+    }
+
+    fn ready_action(&mut self) -> Option<Action> {
+        self.serve_waiting();
+        let mut action = None;
+        // While an event is kept back, what is to be mapped may have been discarded, and its place may be wrong.
+        if !self.maps_blocked && !self.held {
+            action = self.next_map().or_else(|| self.next_poison());
         }
-        self.out.pop_front()
+        action.or_else(|| self.out.pop_front())
     }
 
     /// Allows mapping again after [`Stop::Again`] or [`Stop::NoMemory`].
     pub fn retry(&mut self) {
         self.maps_blocked = false;
-        for (page, addr) in std::mem::take(&mut self.poison_later) {
-            self.out.push_back(Action::Poison { page, addr });
-        }
     }
 
     /// Whether pages wait for [`Pager::retry`].
     #[must_use]
     pub fn is_blocked(&self) -> bool {
-        (self.maps_blocked && !self.map_queue.is_empty()) || !self.poison_later.is_empty()
+        self.maps_blocked && !(self.map_queue.is_empty() && self.poison_queue.is_empty())
     }
 
     /// As many pages as can be mapped by one call: neighbours, from one source.
@@ -56,11 +62,13 @@ impl<S: Store> Pager<S> {
                 continue;
             }
             let Some((addr, run)) = self.regions.place(page) else {
-                // Unmapped: whoever waits there finds out by itself.
+                // Nobody can reach it.
                 self.map_queue.pop_front();
-                self.unmapped(page);
+                self.forget_page(page, true);
                 continue;
             };
+            let run = if self.single_maps > 0 { 1 } else { run };
+            self.single_maps = self.single_maps.saturating_sub(1);
             let from_buffer = first.has(FROM_BUFFER);
             let follows = |n: u64, next: PageId| {
                 let word = self.word(next);
@@ -71,7 +79,8 @@ impl<S: Store> Pager<S> {
                     && (!from_buffer || u64::from(word.buffer()) == u64::from(first.buffer()) + n)
             };
             let pages =
-                (1..).zip(self.map_queue.iter().skip(1)).take_while(|(n, next)| follows(*n, **next)).count() + 1;
+                (1..).zip(self.map_queue.iter().skip(1)).take_while(|(n, next)| follows(*n, **next)).count()
+                    + 1;
             let source = if from_buffer { Source::Buffer(first.buffer()) } else { Source::Zeros };
             self.map_queue.drain(..pages);
             return Some(Action::Map { page, addr, pages: pages as u64, source });
@@ -95,8 +104,13 @@ impl<S: Store> Pager<S> {
                 }
                 rest += 1;
             }
+            // The kernel says this too where a run crosses from one of its mappings into the next.
+            Stop::NoRange if pages - done > 1 => self.single_maps = pages - done,
             Stop::NoRange => {
-                self.unmapped(page.plus(done));
+                // Nobody can reach it, and no event will tell.
+                if let Some((addr, _)) = self.regions.place(page.plus(done)) {
+                    self.apply_unmap(addr, PAGE);
+                }
                 rest += 1;
             }
             Stop::Again => self.maps_blocked = true,
@@ -122,24 +136,27 @@ impl<S: Store> Pager<S> {
         let word = self.drop_source(word);
         self.set(page, word.with_state(State::Hot).without(WANTED));
         self.enqueue(page);
+        if word.has(FRESH) {
+            self.suspect(page);
+        }
     }
 
-    /// A page whose mapping has gone while it was on its way: nobody can reach it. Drops what was to be mapped; an event
-    /// will tell, or has told, the rest.
-    fn unmapped(&mut self, page: PageId) {
-        let word = self.word(page);
-        let word = self.drop_source(word);
-        let word = self.drop_slot(word).without(WANTED);
-        self.set(page, word.with_state(State::Zero));
+    fn next_poison(&mut self) -> Option<Action> {
+        while let Some(page) = self.poison_queue.pop_front() {
+            if self.word(page).state() == State::Poisoned
+                && let Some((addr, _)) = self.regions.place(page)
+            {
+                return Some(Action::Poison { page, addr });
+            }
+        }
+        None
     }
 
     /// Result of [`Action::Poison`].
     pub fn poisoned(&mut self, page: PageId, stop: Option<Stop>) {
-        if stop == Some(Stop::Again)
-            && self.word(page).state() == State::Poisoned
-            && let Some((addr, _)) = self.regions.place(page)
-        {
-            self.poison_later.push((page, addr));
+        if stop == Some(Stop::Again) {
+            self.maps_blocked = true;
+            self.poison_queue.push_front(page);
         }
     }
 }

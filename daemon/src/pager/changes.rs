@@ -5,10 +5,45 @@ use std::ops::Range;
 use fmalloc_proto::PAGE;
 use fmalloc_proto::messages::{Advice, RegionRow};
 
-use super::page::{FRESH, FROM_BUFFER, HAS_SLOT, PENDING_SLOT, PageId, RETRIED, STUCK, State, WANTED};
+use super::page::{FRESH, HAS_SLOT, PageId, RETRIED, STUCK, State, WANTED};
 use super::regions::{Region, Segment};
 use super::table::{CHUNK_PAGES, Table};
-use super::{Action, Pager, Store};
+use super::{Action, MAX_HINTS, Pager, Store};
+
+/// What the program has done to a range.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Change {
+    Discard { addr: u64, len: u64 },
+    Unmap { addr: u64, len: u64 },
+    Remap { from: u64, to: u64, len: u64 },
+}
+
+impl Change {
+    /// The range that it is about.
+    fn range(&self) -> Range<u64> {
+        match *self {
+            Self::Discard { addr, len } | Self::Unmap { addr, len } => addr..addr + len,
+            Self::Remap { from, len, .. } => from..from + len,
+        }
+    }
+
+    /// Where memory moves to, if it does.
+    fn target(&self) -> Range<u64> {
+        match *self {
+            Self::Remap { to, len, .. } => to..to + len,
+            _ => 0..0,
+        }
+    }
+
+    fn touches(&self, other: &Self) -> bool {
+        let ranges = |change: &Self| [change.range(), change.target()];
+        ranges(self).iter().any(|one| ranges(other).iter().any(|two| overlap(one, two)))
+    }
+}
+
+fn overlap(one: &Range<u64>, two: &Range<u64>) -> bool {
+    one.start < two.end && two.start < one.end
+}
 
 /// Why a region cannot be had.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -24,7 +59,13 @@ impl<S: Store> Pager<S> {
     ///
     /// # Errors
     /// See [`RegisterError`]; nothing has changed.
-    pub fn register(&mut self, addr: u64, len: u64, commit: bool, label: String) -> Result<u16, RegisterError> {
+    pub fn register(
+        &mut self,
+        addr: u64,
+        len: u64,
+        commit: bool,
+        label: String,
+    ) -> Result<u16, RegisterError> {
         if self.regions.overlaps(addr, len) {
             return Err(RegisterError::Overlap);
         }
@@ -82,12 +123,22 @@ impl<S: Store> Pager<S> {
         self.forget(number, 0..pages, true);
         self.streams.forget(number);
         self.willneed.retain(|(region, _)| *region != number);
-        let gone = |page: &PageId| page.region() != number;
-        self.fifo.retain(gone);
-        self.stuck.retain(gone);
-        self.discarded.retain(|entry| gone(&entry.page));
-        self.map_queue.retain(gone);
-        self.waiting.retain(gone);
+        // The number will be used again.
+        let other = |page: &PageId| page.region() != number;
+        for queue in [
+            &mut self.fifo,
+            &mut self.stuck,
+            &mut self.map_queue,
+            &mut self.poison_queue,
+            &mut self.waiting,
+            &mut self.tripwires,
+        ] {
+            queue.retain(other);
+        }
+        self.discarded.retain(|entry| other(&entry.page));
+        self.discarded_later.retain(|entry| other(&entry.page));
+        self.absent.retain(|entry| other(&entry.page));
+        self.protect.retain(other);
         for drain in &mut self.drains {
             drain.exhausted |= drain.range.as_ref().is_some_and(|(region, _)| *region == number);
         }
@@ -112,6 +163,63 @@ impl<S: Store> Pager<S> {
     /// The program discards a range (madvise): its pages read as zeros from now on, or, after MADV_FREE, keep what they
     /// have until they are written. They may still be present, and are counted until the agent has looked.
     pub fn discard(&mut self, addr: u64, len: u64) {
+        self.change(Change::Discard { addr, len });
+    }
+
+    /// The program has unmapped a range, or mapped something else over it.
+    pub fn unmap(&mut self, addr: u64, len: u64) {
+        self.change(Change::Unmap { addr, len });
+    }
+
+    /// The program has moved a range with mremap.
+    pub fn remap(&mut self, from: u64, to: u64, len: u64) {
+        self.change(Change::Remap { from, to, len });
+    }
+
+    /// Of two threads' changes the later may be reported first. It shows when memory moves to a place of which we do not
+    /// know yet that it was vacated: then that move, and what touches the same ranges after it, waits for the report
+    /// that does so.
+    fn change(&mut self, change: Change) {
+        let vacates = !matches!(change, Change::Discard { .. });
+        let awaited = |early: &Change| vacates && overlap(&early.target(), &change.range());
+        let place = self.early.iter().position(awaited).unwrap_or(self.early.len());
+        self.early.insert(place, change);
+        while let Some(next) = (0..self.early.len()).find(|place| self.is_due(*place)) {
+            let change = self.early.remove(next);
+            self.apply(change);
+        }
+    }
+
+    /// Whether a change can be applied before those that wait in front of it.
+    fn is_due(&self, place: usize) -> bool {
+        let (change, target) = (&self.early[place], self.early[place].target());
+        let occupied = !target.is_empty() && self.regions.overlaps(target.start, target.end - target.start);
+        !occupied && !self.early[..place].iter().any(|earlier| earlier.touches(change))
+    }
+
+    /// All reports are in: what still waits has waited for something that we were wrong about.
+    pub(super) fn settle_early(&mut self) {
+        for change in std::mem::take(&mut self.early) {
+            let target = change.target();
+            self.apply_unmap(target.start, target.end - target.start);
+            self.apply(change);
+        }
+    }
+
+    fn apply(&mut self, change: Change) {
+        match change {
+            Change::Discard { addr, len } => self.apply_discard(addr, len),
+            Change::Unmap { addr, len } => self.apply_unmap(addr, len),
+            Change::Remap { from, to, len } => {
+                self.remaps += 1;
+                self.regions.remap(from, to, len);
+                // Faults that came from there after the move were taken for faults on the pages that have left.
+                self.out.push_back(Action::Wake { addr: from, pages: len / PAGE });
+            }
+        }
+    }
+
+    fn apply_discard(&mut self, addr: u64, len: u64) {
         for piece in self.regions.pieces(addr, len) {
             if let Some(region) = self.regions.get_mut(piece.region) {
                 region.removed = true;
@@ -120,8 +228,7 @@ impl<S: Store> Pager<S> {
         }
     }
 
-    /// The program has unmapped a range, or mapped something else over it.
-    pub fn unmap(&mut self, addr: u64, len: u64) {
+    pub(super) fn apply_unmap(&mut self, addr: u64, len: u64) {
         for piece in self.regions.pieces(addr, len) {
             let range = piece.first..piece.first + piece.pages;
             self.forget(piece.region, range.clone(), true);
@@ -133,7 +240,9 @@ impl<S: Store> Pager<S> {
             }
         }
         self.regions.unmap(addr, len);
-        self.unknown.retain(|fault| !(addr..addr + len).contains(fault));
+        for fault in self.unknown.extract_if(.., |fault| (addr..addr + len).contains(fault)) {
+            self.out.push_back(Action::Wake { addr: fault, pages: 1 });
+        }
     }
 
     /// Pages whose claim ended because they were unmapped, since the last call.
@@ -141,18 +250,15 @@ impl<S: Store> Pager<S> {
         std::mem::take(&mut self.unclaimed)
     }
 
-    /// The program has moved a range with mremap.
-    pub fn remap(&mut self, from: u64, to: u64, len: u64) {
-        self.regions.remap(from, to, len);
-    }
-
     /// A hint about a range of a region.
     pub fn advise(&mut self, number: u16, range: Range<u64>, advice: Advice) {
         match advice {
             Advice::WillNeed => self.will_need(number, range),
             Advice::Cold => {
-                let pages = range.end - range.start;
-                self.drain(u64::MAX, Some((number, range)), pages);
+                if self.drains.len() < MAX_HINTS {
+                    let pages = range.end.saturating_sub(range.start);
+                    self.drain(u64::MAX, Some((number, range)), pages);
+                }
             }
             Advice::Normal | Advice::Sequential | Advice::Random => {
                 let Some(region) = self.regions.get_mut(number) else { return };
@@ -180,54 +286,49 @@ impl<S: Store> Pager<S> {
         }
     }
 
-    fn forget_page(&mut self, page: PageId, gone: bool) {
-        let word = self.word(page);
-        let wanted = word.has(WANTED) && !gone;
+    pub(super) fn forget_page(&mut self, page: PageId, gone: bool) {
+        let before = self.word(page);
+        let word = if gone { before.without(WANTED) } else { before };
         match word.state() {
             State::Zero => {
                 if gone {
-                    self.set(page, word.without(WANTED));
+                    self.set(page, word);
                 }
             }
             State::Hot | State::Probing if !gone => {
                 let word = self.drop_slot(word);
-                self.set(page, word);
+                self.back_to_hot(page, word);
                 self.suspect(page);
             }
-            // Only while the agent waits for its own fault on a page that it should move: see the module's rules.
-            State::Evicting if !gone => self.set(page, word.with(FRESH)),
+            // Moved before the discard, or not at all: see the module's rules.
+            State::Evicting if !gone => {
+                let word = self.drop_slot(word);
+                self.set(page, word.with(FRESH));
+            }
             State::Hot | State::Probing | State::Evicting | State::Cold | State::Poisoned | State::Held => {
                 if word.state() == State::Held {
                     self.give_buffer(word.buffer());
                 }
                 let word = self.drop_slot(word).without(FRESH | STUCK | RETRIED);
-                let word = if gone { word.without(WANTED) } else { word };
                 // A cold page that somebody waits for stays in the queue, as zeros.
                 self.set(page, word.with_state(State::Zero));
             }
             // The transfer owns slot and buffer, and gives them back when it ends.
-            State::Writing => {
-                let word = word.without(HAS_SLOT | RETRIED);
-                let word = if gone { word.without(WANTED) } else { word };
-                self.set(page, word.with_state(State::Zero));
-            }
-            State::Fetching | State::Mapping => {
+            State::Writing => self.set(page, word.without(HAS_SLOT | RETRIED).with_state(State::Zero)),
+            State::Fetching => self.settle_zero(page, word.without(HAS_SLOT | RETRIED)),
+            State::Mapping => {
                 let word = self.drop_source(word);
-                let word = if word.state() == State::Fetching {
-                    word.without(HAS_SLOT | RETRIED)
+                let word = self.drop_slot(word).without(STUCK);
+                if word.has(WANTED) {
+                    // Stays in the queue, as zeros. It may be there already, and be emptied later.
+                    self.set(page, word.with(FRESH));
                 } else {
-                    self.drop_slot(word)
-                };
-                let word = word.without(FROM_BUFFER | PENDING_SLOT | FRESH);
-                if wanted {
-                    self.settle_zero(page, word);
-                } else {
-                    self.set(page, word.with_state(State::Zero).without(WANTED));
+                    self.set(page, word.with_state(State::Zero).without(FRESH));
                 }
             }
         }
-        if gone
-            && word.has(WANTED)
+        // Whoever waits for a place that is gone, or was to run into poison, looks for himself.
+        if ((gone && before.has(WANTED)) || before.state() == State::Poisoned)
             && let Some((addr, _)) = self.regions.place(page)
         {
             self.out.push_back(Action::Wake { addr, pages: 1 });
@@ -237,10 +338,8 @@ impl<S: Store> Pager<S> {
     /// Rows for people, at most `most`, from region `from` on, and whether there are more.
     #[must_use]
     pub fn region_rows(&self, client: u64, from: u32, most: usize) -> (Vec<RegionRow>, bool) {
-        let mut open = self
-            .regions
-            .iter()
-            .filter(|(number, region)| u32::from(*number) >= from && !region.closing);
+        let mut open =
+            self.regions.iter().filter(|(number, region)| u32::from(*number) >= from && !region.closing);
         let row = |(number, region): (u16, &Region)| RegionRow {
             client,
             region: number.into(),

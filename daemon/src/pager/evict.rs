@@ -7,11 +7,11 @@ use std::ops::Range;
 
 use fmalloc_proto::ring::{BatchKind, PageResult};
 
-use super::page::{
-    Buffer, FRESH, FROM_BUFFER, HAS_SLOT, PENDING_SLOT, PageId, QUEUED, STUCK, State, WANTED,
-};
+use super::page::{Buffer, FRESH, FROM_BUFFER, HAS_SLOT, PENDING_SLOT, PageId, QUEUED, STUCK, State, WANTED};
+use super::table::CHUNK_PAGES;
 use super::{
-    Action, DISCARD_GRACE_MS, Discarded, Drain, Pager, STUCK_RETRY_MS, Store, Transfer, WRITE_RETRY_MS,
+    Action, DISCARD_GRACE_MS, Discarded, Drain, Pager, QUEUE_SLACK, STUCK_RETRY_MS, Store, Transfer,
+    WRITE_RETRY_MS,
 };
 
 /// What was found in a page that the agent moved out.
@@ -26,20 +26,27 @@ pub struct Content {
 impl<S: Store> Pager<S> {
     /// Puts work for the agent into the queue: what frees frames soon, then what somebody asked for.
     pub(super) fn plan(&mut self) {
-        if !self.stuck.is_empty() && self.now >= self.stuck_retry_at && self.free_frames() < self.low_water() {
+        if self.wants_stuck() && self.now >= self.stuck_retry_at {
             self.retry_stuck();
         }
         while self.plan_protect() || self.plan_probe() || self.plan_eviction() {}
     }
 
-    /// Stops (or allows) new evictions, so that events can be read between them.
+    /// Whether pages that could not be evicted shall be tried again.
+    pub(super) fn wants_stuck(&self) -> bool {
+        !self.stuck.is_empty() && (self.free_frames() < self.low_water() || !self.drains.is_empty())
+    }
+
+    /// Stops (or allows) new evictions, so that events can be read or fed between them. Nothing is mapped meanwhile.
     pub fn hold_evictions(&mut self, hold: bool) {
         self.held = hold;
     }
 
     /// The kernel cannot poison `page`: the agent shall take access to it away.
     pub fn protect(&mut self, page: PageId) {
-        self.protect.push(page);
+        if !self.protect.contains(&page) {
+            self.protect.push(page);
+        }
     }
 
     fn plan_protect(&mut self) -> bool {
@@ -47,17 +54,17 @@ impl<S: Store> Pager<S> {
             return false;
         }
         let Some(batch) = self.free_batch() else { return false };
-        let most = self.protect.len().min(self.sizes.ring.batch_pages() as usize);
-        let pages: Vec<PageId> = self.protect.drain(..most).collect();
-        for page in &pages {
-            if let Some(region) = self.regions.get_mut(page.region()) {
-                region.at_agent += 1;
-            }
+        let mut protect = std::mem::take(&mut self.protect);
+        // What was discarded in the meantime is sound again.
+        protect.retain(|page| self.word(*page).state() == State::Poisoned);
+        let most = protect.len().min(self.sizes.ring.batch_pages() as usize);
+        let pages: Vec<PageId> = protect.drain(..most).collect();
+        self.protect = protect;
+        let any = !pages.is_empty();
+        if any {
+            self.ask(batch, BatchKind::Protect, pages);
         }
-        self.batches[batch].since = vec![0; pages.len()];
-        self.batches[batch].pages = pages;
-        self.ask(batch, BatchKind::Protect);
-        true
+        any
     }
 
     /// The agent has answered for a page that was to be protected: whoever waits for it runs into the protection.
@@ -89,7 +96,7 @@ impl<S: Store> Pager<S> {
         }
         let Some(batch) = self.free_batch() else { return false };
         // Each page that comes back needs a buffer at once: ask for no more than there are.
-        let coming: usize = self.batches.iter().filter(|b| b.busy && b.since.is_empty()).map(|b| b.pages.len()).sum();
+        let coming = usize::try_from(self.evicting()).unwrap_or(usize::MAX);
         let room = self.write_buffers.free().saturating_sub(coming);
         let most = (self.sizes.ring.batch_pages() as usize).min(room);
         let mut pages = std::mem::take(&mut self.batches[batch].pages);
@@ -100,69 +107,84 @@ impl<S: Store> Pager<S> {
         if pages.len() < most {
             self.pick_drains(most, &mut pages);
         }
+        if !pages.is_empty() {
+            self.batches_asked += 1;
+            self.batches[batch].number = self.batches_asked;
+            self.ask(batch, BatchKind::Evict, pages);
+            return true;
+        }
+        self.batches[batch].pages = pages;
+        if deficit > 0 && most > 0 {
+            // Nothing to be evicted: what is held for readers that may come must not starve others.
+            while self.release_tripwire() {}
+        }
+        self.end_drains();
+        false
+    }
+
+    /// Asks whether discarded pages are still there: at once if frames are short, else when the grace is over.
+    fn plan_probe(&mut self) -> bool {
+        let Some(batch) = self.probe_batch() else { return false };
+        let short = self.used + self.high_water() > self.frames();
+        let mut pages = std::mem::take(&mut self.batches[batch].pages);
+        pages.clear();
+        self.batches[batch].probes.clear();
+        while pages.len() < self.sizes.ring.batch_pages() as usize
+            && let Some(entry) = self.next_probe(short)
+        {
+            self.set(entry.page, self.word(entry.page).with_state(State::Probing));
+            self.batches[batch].probes.push(Discarded { remaps: self.remaps, ..entry });
+            pages.push(entry.page);
+        }
         let any = !pages.is_empty();
+        if any {
+            self.ask(batch, BatchKind::Probe, pages);
+        } else {
+            self.batches[batch].pages = pages;
+        }
+        any
+    }
+
+    fn next_probe(&mut self, short: bool) -> Option<Discarded> {
+        let due = |entry: &Discarded| self.now >= entry.since + DISCARD_GRACE_MS;
+        loop {
+            let entry = if self.discarded_later.front().is_some_and(due) {
+                self.discarded_later.pop_front()?
+            } else if self.discarded.front().is_some_and(|entry| short || due(entry)) {
+                self.discarded.pop_front()?
+            } else {
+                return None;
+            };
+            if self.is_suspect(&entry) {
+                return Some(entry);
+            }
+        }
+    }
+
+    /// Whether an entry still says something about its page.
+    fn is_suspect(&self, entry: &Discarded) -> bool {
+        let word = self.word(entry.page);
+        word.state() == State::Hot && word.has(FRESH) && word.buffer() == entry.stamp
+    }
+
+    fn free_batch(&self) -> Option<usize> {
+        self.batches.iter().position(|batch| batch.kind.is_none())
+    }
+
+    /// A batch for probes, which must not keep evictions waiting: they get half of the ring at most.
+    pub(super) fn probe_batch(&self) -> Option<usize> {
+        let probing = self.batches.iter().filter(|batch| batch.kind == Some(BatchKind::Probe)).count();
+        if probing > 0 && probing >= self.batches.len() / 2 { None } else { self.free_batch() }
+    }
+
+    fn ask(&mut self, batch: usize, kind: BatchKind, pages: Vec<PageId>) {
         for page in &pages {
             if let Some(region) = self.regions.get_mut(page.region()) {
                 region.at_agent += 1;
             }
         }
         self.batches[batch].pages = pages;
-        if any {
-            self.ask(batch, BatchKind::Evict);
-        } else {
-            self.end_drains();
-        }
-        any
-    }
-
-    /// Asks whether discarded pages are still there: at once if frames are short, else when the grace is over.
-    fn plan_probe(&mut self) -> bool {
-        let Some(batch) = self.free_batch() else { return false };
-        let short = self.used + self.high_water() > self.frames();
-        let mut pages = std::mem::take(&mut self.batches[batch].pages);
-        let mut since = std::mem::take(&mut self.batches[batch].since);
-        pages.clear();
-        since.clear();
-        let mut looks = self.discarded.len();
-        while pages.len() < self.sizes.ring.batch_pages() as usize && looks > 0 {
-            looks -= 1;
-            let Some(entry) = self.discarded.pop_front() else { break };
-            let word = self.word(entry.page);
-            if !word.has(FRESH) || word.buffer() != entry.stamp {
-                continue;
-            }
-            let due = self.now >= entry.since + DISCARD_GRACE_MS;
-            let ripe = due || (short && !entry.probed);
-            if word.state() != State::Hot || !ripe || entry.events >= self.events_drained {
-                // Later: at the end, except where all that follows is younger anyway.
-                self.discarded.push_back(entry);
-                continue;
-            }
-            self.set(entry.page, word.with_state(State::Probing));
-            if let Some(region) = self.regions.get_mut(entry.page.region()) {
-                region.at_agent += 1;
-            }
-            pages.push(entry.page);
-            since.push(entry.since);
-        }
-        let any = !pages.is_empty();
-        self.batches[batch].pages = pages;
-        self.batches[batch].since = since;
-        if any {
-            self.ask(batch, BatchKind::Probe);
-        }
-        any
-    }
-
-    fn free_batch(&self) -> Option<usize> {
-        self.batches.iter().position(|batch| !batch.busy)
-    }
-
-    fn ask(&mut self, batch: usize, kind: BatchKind) {
-        self.batches[batch].busy = true;
-        if kind == BatchKind::Evict {
-            self.batches[batch].since.clear();
-        }
+        self.batches[batch].kind = Some(kind);
         self.out.push_back(Action::Ask { batch: u32::try_from(batch).unwrap_or(0), kind });
     }
 
@@ -192,22 +214,25 @@ impl<S: Store> Pager<S> {
                         let page = PageId::new(*region, range.start);
                         range.start = self.next_present(page);
                         let word = self.word(page);
-                        if word.state() == State::Hot && !word.has(FRESH) && self.regions.place(page).is_some() {
+                        let ready = word.state() == State::Hot && !word.has(FRESH) && !word.has(STUCK);
+                        if ready && self.regions.place(page).is_some() {
                             self.set(page, word.with_state(State::Evicting));
                             pages.push(page);
                         }
                     }
                 }
             }
-            drain.remaining -= (pages.len() - before) as u64;
+            if pages.len() > before {
+                drain.remaining -= (pages.len() - before) as u64;
+                drain.last_batch = self.batches_asked + 1;
+            }
             drain.exhausted = drain.remaining == 0 || pages.len() < want;
         }
         self.drains = drains;
     }
 
     /// The index behind `page` at which something can be present: pages without a table are skipped.
-    fn next_present(&self, page: PageId) -> u64 {
-        use super::table::CHUNK_PAGES;
+    pub(super) fn next_present(&self, page: PageId) -> u64 {
         let next = page.index() + 1;
         match self.regions.get(page.region()) {
             Some(region) if !region.table.has_chunk(&self.arena, page.index()) => {
@@ -220,7 +245,15 @@ impl<S: Store> Pager<S> {
     /// Asks for up to `pages` pages to be evicted, from a range of a region or from anywhere; see [`Pager::drained`].
     pub fn drain(&mut self, token: u64, range: Option<(u16, Range<u64>)>, pages: u64) {
         let evictions_before = self.evictions;
-        self.drains.push_back(Drain { token, range, remaining: pages, evictions_before, exhausted: pages == 0 });
+        let exhausted = pages == 0;
+        self.drains.push_back(Drain {
+            token,
+            range,
+            remaining: pages,
+            evictions_before,
+            last_batch: 0,
+            exhausted,
+        });
     }
 
     /// Drains that have ended since the last call: token and pages evicted meanwhile.
@@ -229,10 +262,10 @@ impl<S: Store> Pager<S> {
     }
 
     fn end_drains(&mut self) {
-        if self.batches.iter().any(|batch| batch.busy && batch.since.is_empty()) {
-            return;
-        }
-        while let Some(drain) = self.drains.pop_front_if(|drain| drain.exhausted) {
+        let evictions = self.batches.iter().filter(|batch| batch.kind == Some(BatchKind::Evict));
+        let oldest = evictions.map(|batch| batch.number).min().unwrap_or(u64::MAX);
+        while let Some(drain) = self.drains.pop_front_if(|drain| drain.exhausted && drain.last_batch < oldest)
+        {
             self.drained.push((drain.token, self.evictions - drain.evictions_before));
         }
     }
@@ -266,7 +299,7 @@ impl<S: Store> Pager<S> {
         let discarded = word.has(FRESH);
         if content.zero || discarded {
             self.stats.pages_zero += u64::from(!discarded);
-            let word = self.drop_slot(word).without(FRESH);
+            let word = self.drop_slot(word);
             self.settle_zero(page, word);
             return false;
         }
@@ -297,26 +330,84 @@ impl<S: Store> Pager<S> {
         if word.state() != State::Evicting {
             return;
         }
-        let hot = word.with_state(State::Hot).without(WANTED | STUCK);
+        self.back_to_hot(page, word.without(STUCK));
         match result {
-            PageResult::Absent => {
-                // Emptied by a discard that came late, or moved by an mremap of which we have not read yet: look
-                // again when all events are known.
-                self.set(page, hot.without(FRESH));
-                self.suspect(page);
-            }
+            // Emptied by a discard that came late, or moved by an mremap of which we have not read yet.
+            PageResult::Absent => self.suspect(page),
             PageResult::Busy | PageResult::Refused => {
-                self.set(page, hot.without(FRESH).with(STUCK));
+                self.set(page, self.word(page).with(STUCK));
                 if self.stuck.is_empty() {
                     self.stuck_retry_at = self.now + STUCK_RETRY_MS;
                 }
                 self.stuck.push_back(page);
             }
-            _ => {
-                self.set(page, hot.without(FRESH));
-                self.enqueue(page);
-            }
+            _ => self.enqueue(page),
         }
+        if word.has(FRESH) {
+            self.suspect(page);
+        }
+    }
+
+    /// The agent says whether `page`, the `n`-th of `batch`, is present.
+    pub fn probed(&mut self, batch: u32, n: usize, page: PageId, present: bool) {
+        self.leave_agent(page);
+        let Some(entry) = self.live_probe(batch, n) else { return };
+        if !present {
+            // It may have been moved by an mremap of which we have not read yet.
+            self.absent.push(entry);
+            return;
+        }
+        let word = self.word(page);
+        if self.now >= entry.since + DISCARD_GRACE_MS {
+            self.back_to_hot(page, word.without(FRESH));
+            self.enqueue(page);
+        } else {
+            self.back_to_hot(page, word);
+            self.discarded_later.push_back(entry);
+        }
+    }
+
+    /// The agent could not say whether `page` is present: ask again later.
+    pub fn not_probed(&mut self, batch: u32, n: usize, page: PageId) {
+        self.leave_agent(page);
+        if let Some(entry) = self.live_probe(batch, n) {
+            self.back_to_hot(page, self.word(page));
+            self.discarded_later.push_back(Discarded { since: self.now, ..entry });
+        }
+    }
+
+    /// A page that the agent did not find, now that all events are known.
+    pub(super) fn settle_absent(&mut self, entry: Discarded) {
+        let (page, word) = (entry.page, self.word(entry.page));
+        if word.state() != State::Probing || word.buffer() != entry.stamp {
+            return;
+        }
+        if entry.remaps != self.remaps {
+            // The agent may have looked where it no longer was.
+            self.back_to_hot(page, word);
+            self.suspect(page);
+        } else if self.regions.get(page.region()).is_some_and(|region| region.removed) {
+            let word = self.drop_slot(word);
+            self.settle_zero(page, word);
+        } else {
+            // No event explains that the page has gone: its content is lost, and nobody shall read zeros for it.
+            let word = self.drop_slot(word);
+            self.set(page, word);
+            self.lose(page);
+            self.stats.io_errors += 1;
+        }
+    }
+
+    /// What entry `n` of a probe is about, unless the page has been discarded again or unmapped since.
+    fn live_probe(&self, batch: u32, n: usize) -> Option<Discarded> {
+        let entry = *self.batches[batch as usize].probes.get(n)?;
+        let word = self.word(entry.page);
+        (word.state() == State::Probing && word.buffer() == entry.stamp).then_some(entry)
+    }
+
+    /// A page is the client's again; whoever waits for it looks for himself.
+    pub(super) fn back_to_hot(&mut self, page: PageId, word: super::Word) {
+        self.set(page, word.with_state(State::Hot).without(WANTED));
         if word.has(WANTED)
             && let Some((addr, _)) = self.regions.place(page)
         {
@@ -324,59 +415,9 @@ impl<S: Store> Pager<S> {
         }
     }
 
-    /// The agent says whether `page`, the `n`-th of `batch`, is present.
-    pub fn probed(&mut self, batch: u32, n: usize, page: PageId, present: bool) {
-        let since = self.batches[batch as usize].since.get(n).copied().unwrap_or(0);
-        self.leave_agent(page);
-        let word = self.word(page);
-        if word.state() != State::Probing {
-            return;
-        }
-        if present {
-            let over = self.now >= since + DISCARD_GRACE_MS;
-            let hot = word.with_state(State::Hot).without(WANTED);
-            if over {
-                self.set(page, hot.without(FRESH));
-                self.enqueue(page);
-            } else {
-                self.set(page, hot);
-                let (stamp, events) = (word.buffer(), 0);
-                self.discarded.push_back(Discarded { page, since, stamp, probed: true, events });
-            }
-            if word.has(WANTED)
-                && let Some((addr, _)) = self.regions.place(page)
-            {
-                self.out.push_back(Action::Wake { addr, pages: 1 });
-            }
-        } else if self.regions.get(page.region()).is_some_and(|region| region.removed) {
-            let word = self.drop_slot(word).without(FRESH);
-            self.settle_zero(page, word);
-        } else {
-            // No event explains that the page has gone: its content is lost, and nobody shall read zeros for it.
-            let word = self.drop_slot(word).without(FRESH);
-            self.set(page, word);
-            self.lose(page);
-            self.stats.io_errors += 1;
-        }
-    }
-
-    /// The agent could not say whether `page` is present: ask again later.
-    pub fn not_probed(&mut self, batch: u32, n: usize, page: PageId) {
-        let since = self.batches[batch as usize].since.get(n).copied().unwrap_or(0);
-        self.leave_agent(page);
-        let word = self.word(page);
-        if word.state() == State::Probing {
-            self.set(page, word.with_state(State::Hot));
-            let (stamp, events) = (word.buffer(), 0);
-            self.discarded.push_back(Discarded { page, since, stamp, probed: true, events });
-        }
-    }
-
     /// All pages of a batch have been answered.
     pub fn batch_ended(&mut self, batch: u32) {
-        self.batches[batch as usize].busy = false;
-        self.write_dirty();
-        self.serve_waiting();
+        self.batches[batch as usize].kind = None;
         self.end_drains();
     }
 
@@ -388,6 +429,7 @@ impl<S: Store> Pager<S> {
 
     /// A page is zeros and present nowhere: maps it if somebody waits, else frees its frame.
     pub(super) fn settle_zero(&mut self, page: PageId, word: super::Word) {
+        let word = word.without(FRESH | STUCK);
         if word.has(WANTED) {
             self.set(page, word.with_state(State::Mapping).without(FROM_BUFFER));
             self.map_queue.push_back(page);
@@ -407,13 +449,18 @@ impl<S: Store> Pager<S> {
         }
     }
 
-    /// A hot page that may not be there: not evicted again before a probe has shown what is true.
+    /// A hot page may not be there, or not for long: it is not evicted before a probe has shown what is true.
     pub(super) fn suspect(&mut self, page: PageId) {
         let stamp = self.stamp;
         self.stamp = self.stamp.wrapping_add(1);
         self.set(page, self.word(page).with(FRESH).with_buffer(stamp));
-        let (since, events) = (self.now, self.events_drained);
-        self.discarded.push_back(Discarded { page, since, stamp, probed: false, events });
+        self.discarded.push_back(Discarded { page, since: self.now, stamp, remaps: 0 });
+        // Without an agent that answers they would pile up.
+        if self.discarded.len() as u64 > 2 * self.used + QUEUE_SLACK {
+            let mut discarded = std::mem::take(&mut self.discarded);
+            discarded.retain(|entry| self.is_suspect(entry));
+            self.discarded = discarded;
+        }
     }
 
     fn retry_stuck(&mut self) {
@@ -450,20 +497,23 @@ impl<S: Store> Pager<S> {
                 continue;
             }
             let want = u32::try_from(neighbours).unwrap_or(1);
-            let Some((slot, pages)) = self.store.take(want) else { return };
+            let Some((slot, pages)) = self.store.take(want) else {
+                self.write_retry_at = self.now + WRITE_RETRY_MS;
+                return;
+            };
             let op = self.new_op(slot, buffer, false);
-            for (page, slot) in self.dirty.drain(..pages as usize).map(|(page, _)| page).zip(slot..).collect::<Vec<_>>() {
+            for (page, slot) in
+                self.dirty.drain(..pages as usize).map(|(page, _)| page).zip(slot..).collect::<Vec<_>>()
+            {
                 self.set(page, self.word(page).with_slot(slot));
                 self.ops[op as usize].pages.push(page);
             }
-            self.writing += 1;
             self.out.push_back(Action::Write(Transfer { op, slot, buffer, pages }));
         }
     }
 
     /// Write `op` has ended; `good` says whether all of it is in the file.
     pub fn write_ended(&mut self, op: u32, good: bool) {
-        self.writing -= 1;
         if !good {
             self.stats.io_errors += 1;
             self.write_retry_at = self.now + WRITE_RETRY_MS;
@@ -496,7 +546,5 @@ impl<S: Store> Pager<S> {
             self.write_buffers.give(entry.buffer);
         }
         self.free_ops.push(op);
-        self.write_dirty();
-        self.serve_waiting();
     }
 }

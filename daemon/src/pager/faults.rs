@@ -3,8 +3,9 @@
 use fmalloc_proto::PAGE;
 use fmalloc_proto::messages::Advice;
 
-use super::page::{FROM_BUFFER, HAS_SLOT, PENDING_SLOT, PageId, State, WANTED};
-use super::{Action, Pager, Store};
+use super::page::{FRESH, FROM_BUFFER, HAS_SLOT, PENDING_SLOT, PageId, STUCK, State, WANTED};
+use super::table::CHUNK_FRAMES;
+use super::{Action, MAX_UNKNOWN, Pager, Store};
 
 /// Most pages that one fault on untouched memory maps.
 const FILL_MAX: u64 = 256;
@@ -16,7 +17,11 @@ impl<S: Store> Pager<S> {
         let addr = addr - addr % PAGE;
         let Some(page) = self.regions.resolve(addr) else {
             // After mremap the fault may come before the event that tells of the move.
-            self.unknown.push(addr);
+            if self.unknown.len() < MAX_UNKNOWN {
+                self.unknown.push(addr);
+            } else {
+                self.out.push_back(Action::Wake { addr, pages: 1 });
+            }
             return;
         };
         if by_agent && self.word(page).state() == State::Evicting {
@@ -26,9 +31,14 @@ impl<S: Store> Pager<S> {
         self.serve(page, addr);
     }
 
-    /// No event is left unread: what is still unknown is memory that the program added to a region with mremap.
+    /// After all that was fed so far, no event was left unread or unfed, and no change of the address space was under
+    /// way (an empty queue does not show that; an ioctl that does not give EAGAIN does). What is still unknown is memory
+    /// that the program added to a region with mremap; what the agent did not find is not there.
     pub fn events_drained(&mut self) {
-        self.events_drained += 1;
+        self.settle_early();
+        for entry in std::mem::take(&mut self.absent) {
+            self.settle_absent(entry);
+        }
         for addr in std::mem::take(&mut self.unknown) {
             match self.regions.resolve(addr) {
                 Some(page) => self.serve(page, addr),
@@ -37,25 +47,27 @@ impl<S: Store> Pager<S> {
         }
     }
 
-    /// Whether faults wait for [`Pager::events_drained`].
+    /// Whether anything waits for [`Pager::events_drained`].
     #[must_use]
     pub fn has_unknown(&self) -> bool {
-        !self.unknown.is_empty()
+        !(self.unknown.is_empty() && self.absent.is_empty() && self.early.is_empty())
     }
 
-    /// Takes a page into the region below it.
+    /// Takes a page into the region below it, and claims swap for it.
     fn adopt(&mut self, addr: u64) {
-        let Some(segment) = self.regions.below(addr) else {
-            // No region at all: a fault left over from one that was just unregistered.
-            self.out.push_back(Action::Wake { addr, pages: 1 });
-            return;
-        };
+        let Some(segment) = self.regions.below(addr) else { return }; // as in `serve`
         let Some(region) = self.regions.get_mut(segment.region) else { return };
+        if region.closing {
+            self.unknown.push(addr);
+            return;
+        }
         let (pages, bytes) = (region.pages + 1, region.table.bytes());
-        if region.closing || !region.table.grow(&mut self.arena, pages) {
+        if !region.table.grow(&mut self.arena, pages) {
             self.out.push_back(Action::Wake { addr, pages: 1 });
             return;
         }
+        // A discard of it may have gone unnoticed.
+        region.removed = true;
         let grown = region.table.bytes();
         self.table_bytes = self.table_bytes + grown - bytes;
         let Some(page) = self.regions.append(segment.region, addr) else { return };
@@ -72,16 +84,17 @@ impl<S: Store> Pager<S> {
 
     /// A page that cannot be had: any access must fail.
     pub(super) fn lose(&mut self, page: PageId) {
-        if self.reserve(page) {
-            let word = self.word(page).with_state(State::Poisoned).without(WANTED);
+        if self.prepare(page) {
+            let word = self.word(page).with_state(State::Poisoned).without(WANTED | FRESH | STUCK);
             self.set(page, word);
-        }
-        if let Some((addr, _)) = self.regions.place(page) {
-            self.out.push_back(Action::Poison { page, addr });
+            self.poison_queue.push_back(page);
         }
     }
 
     fn serve(&mut self, page: PageId, addr: u64) {
+        if self.open_region(page.region()).is_none() {
+            return; // unregistering the range with the kernel ends the wait
+        }
         let word = self.word(page);
         match word.state() {
             State::Zero | State::Cold | State::Writing => self.bring(page),
@@ -112,7 +125,7 @@ impl<S: Store> Pager<S> {
                 self.map_queue.push_back(page);
                 self.read_ahead(page);
             }
-            State::Poisoned => self.out.push_back(Action::Poison { page, addr }),
+            State::Poisoned => self.poison_queue.push_back(page),
         }
     }
 
@@ -122,9 +135,14 @@ impl<S: Store> Pager<S> {
         if word.has(WANTED) {
             return; // waits already
         }
-        if !self.try_bring(page) {
+        if !self.waiting.is_empty() || !self.try_bring(page) {
             self.stats.faults_stalled += 1;
-            self.set(page, word.with(WANTED));
+            // Not worth a piece of the table.
+            if self.is_described(page) {
+                self.set(page, word.with(WANTED));
+            } else if self.waiting.contains(&page) {
+                return;
+            }
             self.waiting.push_back(page);
         }
     }
@@ -132,27 +150,36 @@ impl<S: Store> Pager<S> {
     /// Lets waiting faults go on as far as frames and buffers allow.
     pub(super) fn serve_waiting(&mut self) {
         while let Some(&page) = self.waiting.front() {
-            let word = self.word(page);
-            let waits = matches!(word.state(), State::Zero | State::Cold | State::Writing) && word.has(WANTED);
-            if waits && !self.try_bring(page) {
+            let waits = matches!(self.word(page).state(), State::Zero | State::Cold | State::Writing);
+            if waits && self.regions.place(page).is_some() && !self.try_bring(page) {
                 return;
             }
             self.waiting.pop_front();
         }
     }
 
-    /// Whether a page's table entry can be written and a frame is free for it.
+    /// Whether a frame is free for a page and its table entry can be written.
     fn reserve(&mut self, page: PageId) -> bool {
+        // The budget pays for a new piece of the table too.
+        self.free_frames() > if self.is_described(page) { 0 } else { CHUNK_FRAMES } && self.prepare(page)
+    }
+
+    fn is_described(&self, page: PageId) -> bool {
+        let region = self.regions.get(page.region());
+        region.is_some_and(|region| region.table.has_chunk(&self.arena, page.index()))
+    }
+
+    /// Makes sure that a page's table entry can be written.
+    fn prepare(&mut self, page: PageId) -> bool {
         let Some(region) = self.regions.get_mut(page.region()) else { return false };
         let bytes = region.table.bytes();
         let ready = region.table.prepare(&mut self.arena, page.index(), 1);
-        let grown = region.table.bytes() - bytes;
-        self.table_bytes += grown;
+        self.table_bytes += region.table.bytes() - bytes;
         ready
     }
 
     fn try_bring(&mut self, page: PageId) -> bool {
-        if !self.reserve(page) || self.free_frames() == 0 {
+        if !self.reserve(page) {
             return false;
         }
         let word = self.word(page);
@@ -196,7 +223,8 @@ impl<S: Store> Pager<S> {
         });
         self.map_zeros(page, WANTED);
         let Some(region) = self.regions.get(number) else { return };
-        let (Some((_, run)), Some(committed)) = (self.regions.place(page), region.committed.end_from(index)) else {
+        let (Some((_, run)), Some(committed)) = (self.regions.place(page), region.committed.end_from(index))
+        else {
             return;
         };
         if region.advice_at(index) == Advice::Random {
@@ -205,7 +233,8 @@ impl<S: Store> Pager<S> {
         let end = (index + window.unwrap_or(1)).min(index + run).min(committed);
         for next in index + 1..end {
             let next = PageId::new(number, next);
-            if self.free_frames() == 0 || self.word(next).state() != State::Zero || !self.reserve(next) {
+            let spare = self.free_frames() > self.low_water() / 2;
+            if !spare || self.word(next).state() != State::Zero || !self.reserve(next) {
                 break;
             }
             self.map_zeros(next, 0);

@@ -3,10 +3,15 @@
 //! The pages of a window are mapped as soon as they are read, except the first, which is held back: the fault on it
 //! shows that the reader has come so far, and starts the next window while the reader works through this one.
 
+use std::ops::Range;
+
 use fmalloc_proto::messages::Advice;
 
 use super::page::{Buffer, FROM_BUFFER, PageId, RETRIED, State, WANTED};
-use super::{Action, Pager, Store, Transfer};
+use super::{Action, MAX_HINTS, Pager, Store, Transfer};
+
+/// Most pages of one read ahead: more of them in flight are better than larger ones.
+const READ_MAX: u64 = 64;
 
 impl<S: Store> Pager<S> {
     /// Starts to read a cold page into a frame. False if no buffer is free. The caller has seen a free frame.
@@ -30,15 +35,15 @@ impl<S: Store> Pager<S> {
         if advice == Advice::Sequential && window == 0 {
             window = max / 4;
         }
-        // Two windows ahead of the reader, so that one is complete while the next is in flight.
-        while end < index + 1 + 2 * window.max(1) {
+        // When the reader comes to the last window the next one is due, so that it is in flight while he is at this one.
+        while end <= index + 1 + window {
             window = (window * 2).clamp(8.min(max), max);
             let first_is_next = end == index + 1;
             let asked = self.window(PageId::new(page.region(), end), window, !first_is_next);
-            if asked == 0 {
+            end += asked;
+            if asked < window {
                 break;
             }
-            end += asked;
         }
         if let Some(stream) = self.streams.last(page.region(), index) {
             stream.end = end;
@@ -56,12 +61,13 @@ impl<S: Store> Pager<S> {
         while index < end {
             let page = PageId::new(first.region(), index);
             if self.word(page).state() != State::Cold {
-                index += 1;
+                index = self.next_present(page).min(end);
                 continue;
             }
-            // Faults come before readahead: leave them frames.
+            // Faults come before readahead: leave them frames and buffers.
             let spare = self.free_frames().saturating_sub(self.low_water() / 2);
-            let want = (end - index).min(spare).min(self.read_buffers.free() as u64);
+            let buffers = self.read_buffers.free().saturating_sub(self.read_buffers.len() / 4);
+            let want = (end - index).min(spare).min(buffers as u64).min(READ_MAX);
             let fetched = if want == 0 { 0 } else { self.fetch_run(page, want, 0, hold) };
             if fetched == 0 {
                 break;
@@ -121,6 +127,11 @@ impl<S: Store> Pager<S> {
             self.stats.pages_in += 1;
             if held && !word.has(WANTED) {
                 self.set(page, word.with_state(State::Held));
+                self.tripwires.push_back(page);
+                // Readers that never came must not keep the buffers.
+                if self.tripwires.len() > self.read_buffers.len() / 4 {
+                    self.release_tripwire();
+                }
             } else {
                 self.set(page, word.with_state(State::Mapping).with(FROM_BUFFER));
                 self.map_queue.push_back(page);
@@ -154,30 +165,39 @@ impl<S: Store> Pager<S> {
     /// Read `op` has been answered page by page.
     pub fn read_ended(&mut self, op: u32) {
         self.free_ops.push(op);
-        self.serve_waiting();
-        self.continue_willneed();
+    }
+
+    /// Lets the page that has been held longest go back to its slot. False if none is held.
+    pub(super) fn release_tripwire(&mut self) -> bool {
+        let Some(page) = self.tripwires.pop_front() else { return false };
+        let word = self.word(page);
+        if word.state() == State::Held {
+            self.read_buffers.give(word.buffer());
+            self.set(page, word.with_state(State::Cold));
+        }
+        true
     }
 
     /// Somebody will need these pages soon.
-    pub(super) fn will_need(&mut self, region: u16, range: std::ops::Range<u64>) {
-        self.willneed.push_back((region, range));
-        self.continue_willneed();
+    pub(super) fn will_need(&mut self, region: u16, range: Range<u64>) {
+        if self.willneed.len() < MAX_HINTS {
+            self.willneed.push_back((region, range));
+        }
     }
 
     /// Reads on in ranges that will be needed, as far as frames and buffers allow; what does not fit is left out.
-    fn continue_willneed(&mut self) {
-        while let Some((region, range)) = self.willneed.front().cloned() {
-            let want = (range.end - range.start).min(self.read_buffers.len() as u64 / 4).max(1);
-            let asked = self.window(PageId::new(region, range.start), want, false);
-            let stuck = asked == 0 && self.has_io();
-            if stuck {
-                return; // goes on when a read ends
+    pub(super) fn continue_willneed(&mut self) {
+        while let Some((region, range)) = self.willneed.front_mut() {
+            let (page, want) = (PageId::new(*region, range.start), range.end.saturating_sub(range.start));
+            let asked = self.window(page, want, false);
+            if asked < want && self.has_io() {
+                // Goes on when a transfer ends.
+                if let Some((_, range)) = self.willneed.front_mut() {
+                    range.start += asked;
+                }
+                return;
             }
-            let Some((_, rest)) = self.willneed.front_mut() else { return };
-            rest.start += asked;
-            if asked == 0 || rest.start >= rest.end {
-                self.willneed.pop_front();
-            }
+            self.willneed.pop_front();
         }
     }
 
@@ -200,4 +220,3 @@ pub(super) struct Op {
     pub(super) slot: super::Slot,
     pub(super) held: bool,
 }
-

@@ -6,8 +6,15 @@
 //! follows what the program does to its address space, `actions` hands out work and takes its results.
 //!
 //! Rules that callers keep, because correctness rests on them:
-//! - events other than faults (discard, unmap, remap) are not fed while [`Pager::evicting`] is above zero, except when
-//!   the agent itself waits for one of its faults: a page being moved would be in an unknown place;
+//! - what was read is fed before anything else is done, in the order in which it was read. Where an event (discard, unmap,
+//!   remap) is kept back until [`Pager::evicting`] is zero, [`Pager::hold_evictions`] is on from its reading to its
+//!   feeding: a page mapped in between could be one that was discarded;
+//! - events are read while [`Pager::evicting`] is zero, or else the agent moves none of the pages any more that it has been
+//!   asked for: what the program writes once its discard has been read would be taken for what was discarded (MADV_FREE
+//!   is reported like MADV_DONTNEED and lets the page be);
+//! - a region is registered only while no event waits and nothing is being moved: old events and old requests would mean
+//!   the new region;
+//! - after anything was fed, [`Pager::next_action`] is called until it gives nothing, and what it gives is done at once;
 //! - results come once for each action handed out, in any order.
 
 mod actions;
@@ -23,6 +30,8 @@ pub mod ranges;
 pub mod regions;
 pub mod streams;
 pub mod table;
+#[cfg(test)]
+mod tests;
 
 pub use actions::Stop;
 pub use changes::RegisterError;
@@ -37,7 +46,8 @@ use fmalloc_proto::ring::{BatchKind, Layout};
 
 use crate::arena::Arena;
 use buffers::Buffers;
-use page::{Buffer, FROM_BUFFER, HAS_SLOT, PENDING_SLOT, PageId, QUEUED, STUCK, Slot, State, Word};
+use changes::Change;
+use page::{Buffer, FROM_BUFFER, HAS_SLOT, PENDING_SLOT, PageId, QUEUED, STUCK, Slot, State, WANTED, Word};
 use regions::Regions;
 use streams::Streams;
 
@@ -46,8 +56,14 @@ use streams::Streams;
 pub const DISCARD_GRACE_MS: u64 = 100;
 /// Milliseconds between attempts to evict what the agent could not move.
 const STUCK_RETRY_MS: u64 = 500;
-/// Milliseconds to wait after a failed write before the next one.
+/// Milliseconds to wait after a failed write, or when no slot is free, before the next try.
 const WRITE_RETRY_MS: u64 = 100;
+/// Entries that a queue of hot pages may have beyond twice the pages that have a frame, before it is swept.
+const QUEUE_SLACK: u64 = 64;
+/// Faults at unknown addresses that may wait.
+const MAX_UNKNOWN: usize = 4096;
+/// Hints of one kind that may wait; a program that gives more of them loses hints.
+const MAX_HINTS: usize = 64;
 
 /// Where slots and claims come from. Shared with other clients.
 pub trait Store {
@@ -89,7 +105,8 @@ pub enum Action {
         /// Pages.
         pages: u64,
     },
-    /// Map zeros for the agent, which itself faulted on a page that it was asked to move and that was discarded.
+    /// Map zeros for the agent, which itself faulted on a page that it was asked to move and that was discarded. To be
+    /// tried again for as long as events wait to be read.
     Assist {
         /// Address.
         addr: u64,
@@ -169,24 +186,26 @@ struct Op {
     hold_first: bool,
 }
 
-/// A batch that the agent works on.
-#[derive(Debug, Default)]
+/// A batch of the ring.
+#[derive(Debug)]
 struct Batch {
+    /// What the agent does with it at present, if anything.
+    kind: Option<BatchKind>,
     pages: Vec<PageId>,
-    /// For a probe: when each page was discarded. Empty for an eviction.
-    since: Vec<u64>,
-    busy: bool,
+    /// For a probe: the pages as they were when it was asked for.
+    probes: Vec<Discarded>,
+    /// Evictions are numbered in the order in which they are asked for.
+    number: u64,
 }
 
-/// A page that was discarded while it was present.
+/// A hot page that was discarded, or found absent, and may be there or not. Void once the page has another stamp.
 #[derive(Debug, Clone, Copy)]
 struct Discarded {
     page: PageId,
     since: u64,
     stamp: Buffer,
-    probed: bool,
-    /// Rounds of events that had been read when the entry was made: it waits for a later one.
-    events: u64,
+    /// `remaps` when the agent was asked.
+    remaps: u64,
 }
 
 /// Work that somebody asked for: evict a range of a region, or anything.
@@ -199,6 +218,8 @@ struct Drain {
     remaining: u64,
     /// `evictions` when the drain began.
     evictions_before: u64,
+    /// The last batch that has pages of it.
+    last_batch: u64,
     exhausted: bool,
 }
 
@@ -215,22 +236,34 @@ pub struct Pager<S> {
     fifo: VecDeque<PageId>,
     stuck: VecDeque<PageId>,
     stuck_retry_at: u64,
+    /// To be probed: at once if frames are short, else when the grace is over. Oldest first.
     discarded: VecDeque<Discarded>,
+    /// Those that were there before the grace was over: to be probed again then.
+    discarded_later: VecDeque<Discarded>,
+    /// Those that were not there: settled when all events are known.
+    absent: Vec<Discarded>,
     /// Stamp of the next discard.
     stamp: Buffer,
-    /// Rounds in which all events were read.
-    events_drained: u64,
+    /// Changes of the address space that were reported too early to be understood.
+    early: Vec<Change>,
+    /// Moves of memory so far.
+    remaps: u64,
     unclaimed: u64,
-    poison_later: Vec<(PageId, u64)>,
+    poison_queue: VecDeque<PageId>,
     streams: Streams,
+    /// Held pages, and some that were.
+    tripwires: VecDeque<PageId>,
     read_buffers: Buffers,
     write_buffers: Buffers,
     ops: Vec<Op>,
     free_ops: Vec<u32>,
     batches: Vec<Batch>,
+    /// Eviction batches so far.
+    batches_asked: u64,
+    /// Pages in state `Evicting`.
     evicting: u64,
     refilling: bool,
-    /// No new evictions for now.
+    /// No new evictions and no maps for now.
     held: bool,
     /// Pages to which the agent shall take access away.
     protect: Vec<PageId>,
@@ -240,7 +273,6 @@ pub struct Pager<S> {
     /// Evicted pages that wait for a slot, with their buffers.
     dirty: VecDeque<(PageId, Buffer)>,
     write_retry_at: u64,
-    writing: u32,
     /// Faults that wait for a frame or a buffer.
     waiting: VecDeque<PageId>,
     /// Faults at addresses that belong to no region as far as is known.
@@ -249,6 +281,10 @@ pub struct Pager<S> {
     willneed: VecDeque<(u16, std::ops::Range<u64>)>,
     map_queue: VecDeque<PageId>,
     maps_blocked: bool,
+    /// Pages that are being read and that somebody waits for.
+    awaited: u64,
+    /// So many of the next maps are of one page each.
+    single_maps: u64,
     out: VecDeque<Action>,
     now: u64,
     stats: ClientStats,
@@ -261,7 +297,12 @@ impl<S: Store> Pager<S> {
         let Sizes { read_buffers, write_buffers, ring, .. } = sizes;
         let batch = || {
             let capacity = ring.batch_pages() as usize;
-            Batch { pages: Vec::with_capacity(capacity), since: Vec::with_capacity(capacity), busy: false }
+            Batch {
+                kind: None,
+                pages: Vec::with_capacity(capacity),
+                probes: Vec::with_capacity(capacity),
+                number: 0,
+            }
         };
         Self {
             store,
@@ -274,16 +315,21 @@ impl<S: Store> Pager<S> {
             stuck: VecDeque::new(),
             stuck_retry_at: 0,
             discarded: VecDeque::new(),
+            discarded_later: VecDeque::new(),
+            absent: Vec::new(),
             stamp: 0,
-            events_drained: 1,
+            early: Vec::new(),
+            remaps: 0,
             unclaimed: 0,
-            poison_later: Vec::new(),
+            poison_queue: VecDeque::new(),
             streams: Streams::default(),
+            tripwires: VecDeque::new(),
             read_buffers: Buffers::new(0..read_buffers),
             write_buffers: Buffers::new(read_buffers..read_buffers + write_buffers),
             ops: Vec::new(),
             free_ops: Vec::new(),
             batches: (0..ring.batches()).map(|_| batch()).collect(),
+            batches_asked: 0,
             evicting: 0,
             refilling: false,
             held: false,
@@ -293,12 +339,13 @@ impl<S: Store> Pager<S> {
             evictions: 0,
             dirty: VecDeque::new(),
             write_retry_at: 0,
-            writing: 0,
             waiting: VecDeque::new(),
             unknown: Vec::new(),
             willneed: VecDeque::new(),
             map_queue: VecDeque::new(),
             maps_blocked: false,
+            awaited: 0,
+            single_maps: 0,
             out: VecDeque::new(),
             now: 0,
             stats: ClientStats::default(),
@@ -328,10 +375,11 @@ impl<S: Store> Pager<S> {
         self.frames().saturating_sub(self.used)
     }
 
-    /// Pages that the agent is moving out.
+    /// Pages that the agent has been asked to move out and has not answered for.
     #[must_use]
     pub fn evicting(&self) -> u64 {
-        self.evicting
+        let evictions = self.batches.iter().filter(|batch| batch.kind == Some(BatchKind::Evict));
+        evictions.map(|batch| batch.pages.len() as u64).sum()
     }
 
     /// Changes the budget. The client gets within it as fast as its agent moves pages out.
@@ -363,11 +411,19 @@ impl<S: Store> Pager<S> {
         self.ops.len() > self.free_ops.len()
     }
 
+    /// Whether somebody waits for a read in flight.
+    #[must_use]
+    pub fn awaits_reads(&self) -> bool {
+        self.awaited > 0
+    }
+
     /// When the pager wants to be told the time again, if it waits for anything.
     #[must_use]
     pub fn deadline(&self) -> Option<u64> {
-        let grace = self.discarded.front().map(|d| d.since + DISCARD_GRACE_MS);
-        let stuck = (!self.stuck.is_empty() && self.free_frames() < self.low_water()).then_some(self.stuck_retry_at);
+        // Without a free batch nothing can be asked; one that gets free is an event of its own.
+        let first = self.discarded.front().into_iter().chain(self.discarded_later.front());
+        let grace = first.map(|d| d.since + DISCARD_GRACE_MS).min().filter(|_| self.probe_batch().is_some());
+        let stuck = self.wants_stuck().then_some(self.stuck_retry_at);
         let write = (!self.dirty.is_empty() && self.write_retry_at > 0).then_some(self.write_retry_at);
         [grace, stuck, write].into_iter().flatten().min()
     }
@@ -411,10 +467,13 @@ impl<S: Store> Pager<S> {
     fn set(&mut self, page: PageId, new: Word) {
         let Some(region) = self.regions.get_mut(page.region()) else { return };
         let old = region.table.word(&self.arena, page.index());
+        if old == new {
+            return;
+        }
         let bytes = region.table.bytes();
         if !region.table.set_word(&mut self.arena, page.index(), new) {
             // Only a chunk that does not exist can fail to be made, and `reserve` makes it before a page leaves `Zero`.
-            debug_assert_eq!(old, new, "page table out of space");
+            debug_assert!(false, "page table out of space");
             return;
         }
         self.table_bytes += region.table.bytes() - bytes;
@@ -430,6 +489,8 @@ impl<S: Store> Pager<S> {
             count(&mut self.evicting, before == State::Evicting, after == State::Evicting);
             self.stats.peak_resident_pages = self.stats.peak_resident_pages.max(self.used);
         }
+        let awaited = |word: Word| word.state() == State::Fetching && word.has(WANTED);
+        count(&mut self.awaited, awaited(old), awaited(new));
         count(&mut self.stats.unevictable_pages, old.has(STUCK), new.has(STUCK));
         count(&mut self.stats.slots, old.has(HAS_SLOT), new.has(HAS_SLOT));
     }
@@ -437,9 +498,23 @@ impl<S: Store> Pager<S> {
     /// Puts a hot page at the end of the FIFO, unless it stands there already.
     fn enqueue(&mut self, page: PageId) {
         let word = self.word(page);
-        if !word.has(QUEUED) {
-            self.set(page, word.with(QUEUED));
-            self.fifo.push_back(page);
+        if word.has(QUEUED) {
+            return;
+        }
+        self.set(page, word.with(QUEUED));
+        self.fifo.push_back(page);
+        // Pages leave by discards too: sweep now and then, so that the queue stays in proportion.
+        if self.fifo.len() as u64 > 2 * self.used + QUEUE_SLACK {
+            let mut fifo = std::mem::take(&mut self.fifo);
+            fifo.retain(|page| {
+                let word = self.word(*page);
+                let stays = word.state().has_frame();
+                if !stays {
+                    self.set(*page, word.without(QUEUED));
+                }
+                stays
+            });
+            self.fifo = fifo;
         }
     }
 

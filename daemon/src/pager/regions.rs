@@ -211,10 +211,12 @@ impl Regions {
         }
     }
 
-    /// The segment that ends highest at or below `addr`: the one that grew, if the page at `addr` belongs to none.
+    /// The segment below `addr`: the one that grew, if the page at `addr` belongs to none. Where a region has moved away
+    /// and left its addresses behind (MREMAP_DONTUNMAP) there may be none below; then any.
     #[must_use]
     pub fn below(&self, addr: u64) -> Option<Segment> {
-        self.by_addr.range(..=addr).next_back().map(|(_, segment)| *segment)
+        let below = self.by_addr.range(..=addr).next_back();
+        below.or_else(|| self.by_addr.first_key_value()).map(|(_, segment)| *segment)
     }
 
     /// Gives the page at `addr` the region's next index, in the segment that ends there if it is the region's last.
@@ -223,13 +225,13 @@ impl Regions {
         let region = self.get_mut(number)?;
         let index = region.pages;
         region.pages += 1;
-        let tail = region.segments.iter().find(|s| s.end() == addr && s.first + s.pages == index).copied();
-        let segment = match tail {
+        // New indices are the highest: they belong at the end of the list.
+        let segment = match region.segments.pop_if(|s| s.end() == addr && s.first + s.pages == index) {
             Some(segment) => Segment { pages: segment.pages + 1, ..segment },
             None => Segment { region: number, first: index, pages: 1, addr },
         };
+        region.segments.push(segment);
         self.by_addr.insert(segment.addr, segment);
-        self.rebuild(number);
         Some(PageId::new(number, index))
     }
 
@@ -249,7 +251,8 @@ impl Regions {
 
     /// Brings a region's own list of segments up to date.
     fn rebuild(&mut self, number: u16) {
-        let mut segments: Vec<Segment> = self.by_addr.values().filter(|s| s.region == number).copied().collect();
+        let mut segments: Vec<Segment> =
+            self.by_addr.values().filter(|s| s.region == number).copied().collect();
         segments.sort_by_key(|segment| segment.first);
         if let Some(region) = self.get_mut(number) {
             region.segments = segments;

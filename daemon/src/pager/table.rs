@@ -15,6 +15,8 @@ use crate::arena::Arena;
 pub const CHUNK_PAGES: u64 = 512;
 const ENTRY: u64 = 16;
 const CHUNK_LEN: u64 = CHUNK_PAGES * ENTRY;
+/// Frames that a new chunk may cost: its own, and one of the directory.
+pub const CHUNK_FRAMES: u64 = CHUNK_LEN / PAGE + 1;
 
 /// One region's table.
 #[derive(Debug, Clone, Copy)]

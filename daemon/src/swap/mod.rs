@@ -73,13 +73,14 @@ impl Swap {
     pub fn claim(&self, pages: u64) -> Result<(), ClaimError> {
         let total = self.file.max_bytes() / PAGE;
         let add = |claimed: u64| claimed.checked_add(pages).filter(|sum| *sum <= total);
-        let before = self.claimed.fetch_update(Ordering::AcqRel, Ordering::Acquire, add).map_err(|claimed| {
-            ClaimError::Full {
-                wanted: Size(pages.saturating_mul(PAGE)),
-                free: Size((total - claimed) * PAGE),
-                total: Size(total * PAGE),
-            }
-        })?;
+        let before =
+            self.claimed.fetch_update(Ordering::AcqRel, Ordering::Acquire, add).map_err(|claimed| {
+                ClaimError::Full {
+                    wanted: Size(pages.saturating_mul(PAGE)),
+                    free: Size((total - claimed) * PAGE),
+                    total: Size(total * PAGE),
+                }
+            })?;
         let needed = (before + pages + SPARE_SLOTS).min(total);
         if needed > self.slots.capacity()
             && let Err(error) = self.grow(needed, total)

@@ -79,7 +79,10 @@ impl Slots {
         }
         let start = if cursor.next >= capacity { 0 } else { cursor.next };
         self.take_at(start, want, capacity)
-            .or_else(|| self.search(start, capacity, |taken| taken == 0).and_then(|at| self.take_at(at, want, capacity)))
+            .or_else(|| {
+                self.search(start, capacity, |taken| taken == 0)
+                    .and_then(|at| self.take_at(at, want, capacity))
+            })
             .or_else(|| self.scavenge(start, want, capacity))
             .inspect(|&(slot, count)| cursor.next = u64::from(slot) + u64::from(count))
     }

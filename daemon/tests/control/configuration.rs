@@ -110,17 +110,25 @@ fn errors_name_the_place_and_the_remedy() {
     refused("socket_mode = \"0999\"\n", &[], &["octal"]);
     refused("log_level = \"loud\"\n", &[], &["line 1", "loud", "info"]);
     refused("ram = \n", &[], &["fmallocd.toml", "line 1"]);
-    refused("swap_size = 0\n", &[], &["fmallocd.toml: swap_size", "64GiB"]);
-    refused("swap_size = \"900000T\"\n", &[], &["fmallocd.toml: swap_size", "disk"]);
-    refused("ram = \"64M\"\nmax_budget = \"65M\"\n", &[], &["fmallocd.toml: max_budget", "64 MiB"]);
+    refused("swap_size = 0\n", &[], &["fmallocd.toml: line 1: swap_size", "64GiB"]);
+    refused("swap_size = \"900000T\"\n", &[], &["fmallocd.toml: line 1: swap_size", "disk"]);
+    refused("ram = \"64M\"\nmax_budget = \"65M\"\n", &[], &["fmallocd.toml: line 2: max_budget", "64 MiB"]);
     refused("ram = \"64M\"\n", &["--max-budget", "65M"], &["--max-budget:", "64 MiB"]);
-    refused("ram = \"64M\"\ndefault_budget = \"65M\"\n", &[], &["fmallocd.toml: default_budget", "4 MiB"]);
+    refused(
+        "ram = \"64M\"\ndefault_budget = \"65M\"\n",
+        &[],
+        &["fmallocd.toml: line 2: default_budget", "4 MiB"],
+    );
     refused("ram = \"64M\"\ndefault_budget = \"1M\"\n", &[], &["default_budget", "4 MiB"]);
-    refused("ram = \"1M\"\n", &[], &["fmallocd.toml: ram", "4 MiB"]);
+    refused("ram = \"1M\"\n", &[], &["fmallocd.toml: line 1: ram", "4 MiB"]);
     refused("max_clients = 0\n", &[], &["max_clients", "1 or more"]);
     refused("max_clients = 50\nmax_connections = 50\n", &[], &["max_connections", "50"]);
-    refused("swap = \"/nonexistent/a/swap\"\n", &[], &["fmallocd.toml: swap", "/nonexistent/a", "create"]);
-    refused("socket = \"relative\"\n", &[], &["fmallocd.toml: socket", "absolute"]);
+    refused(
+        "swap = \"/nonexistent/a/swap\"\n",
+        &[],
+        &["fmallocd.toml: line 1: swap", "/nonexistent/a", "create"],
+    );
+    refused("socket = \"relative\"\n", &[], &["fmallocd.toml: line 1: socket", "absolute"]);
     let long = format!("socket = \"/tmp/{}\"\n", "x".repeat(110));
     refused(&long, &[], &["too long"]);
 }

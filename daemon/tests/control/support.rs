@@ -165,7 +165,7 @@ impl Peer {
     }
 
     pub(crate) fn over(socket: OwnedFd) -> Self {
-        setsockopt(&socket, sockopt::ReceiveTimeout, &TimeVal::new(10, 0)).unwrap();
+        setsockopt(&socket, sockopt::ReceiveTimeout, &TimeVal::new(60, 0)).unwrap();
         Self { socket }
     }
 

@@ -3,7 +3,7 @@
 use fmalloc_proto::messages::{
     Advice, Advise, Attach, Attached, Budget, ClientList, ClientRow, ClientStats, Empty, ErrorCode, Evict,
     Evicted, Failure, Limit, Open, Opened, Page, RegionId, RegionList, RegionRange, RegionRow, RegionsQuery,
-    Register, Registered, Reply, Request, Status,
+    Register, Registered, Reply, Request, Staging, Status,
 };
 
 /// Where a sample's fields come from: extremes first, then whatever `next` gives.
@@ -84,6 +84,7 @@ fn client_row(s: &mut impl Source) -> ClientRow {
         uid: s.word(),
         name: s.text(),
         condition: s.text(),
+        write_protect: s.flag(),
         regions: s.word(),
         stats: stats(s),
     }
@@ -107,7 +108,10 @@ fn region_row(s: &mut impl Source) -> RegionRow {
 pub(crate) fn requests(s: &mut impl Source) -> Vec<Request> {
     vec![
         Request::Open(Open { name: s.text(), budget: s.next(), user_mode_only: s.flag() }),
-        Request::Attach(Attach { agent_tid: s.word() }),
+        Request::Attach(Attach {
+            agent_tid: s.word(),
+            staging: s.flag().then(|| Staging { addr: s.next(), len: s.next() }),
+        }),
         Request::Register(Register { addr: s.next(), len: s.next(), commit: s.flag(), label: s.text() }),
         Request::Commit(range(s)),
         Request::Decommit(range(s)),

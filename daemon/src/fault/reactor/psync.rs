@@ -60,7 +60,11 @@ impl Reactor for Psync {
         // SAFETY: three entries, and a timeout that lives through the call.
         if unsafe { libc::ppoll(fds.as_mut_ptr(), 3, limit, std::ptr::null()) } < 0 {
             let error = io::Error::last_os_error();
-            return if error.kind() == io::ErrorKind::Interrupted { Ok(Ready::default()) } else { Err(error) };
+            return if error.kind() == io::ErrorKind::Interrupted {
+                Ok(Ready::default())
+            } else {
+                Err(error)
+            };
         }
         Ok(Ready {
             uffd: fds[0].revents != 0,
@@ -70,4 +74,3 @@ impl Reactor for Psync {
         })
     }
 }
-

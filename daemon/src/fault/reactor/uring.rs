@@ -106,7 +106,8 @@ impl Reactor for Uring {
             match entry.user_data() {
                 POLL_UFFD => {
                     self.armed[0] = false;
-                    let broken = entry.result() & i32::from(libc::POLLERR | libc::POLLHUP | libc::POLLNVAL) != 0;
+                    let broken =
+                        entry.result() & i32::from(libc::POLLERR | libc::POLLHUP | libc::POLLNVAL) != 0;
                     ready.uffd_error |= broken;
                     ready.uffd = true;
                 }

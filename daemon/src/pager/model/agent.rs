@@ -15,6 +15,8 @@ pub(super) struct Entry {
     result: Option<(PageResult, Token)>,
     /// MOVE has said that the page is shared: the agent writes to it next.
     populate: bool,
+    /// The page was to be lost when it was asked for.
+    lost: bool,
 }
 
 /// A batch in the ring.
@@ -46,11 +48,6 @@ impl Agent {
     pub(super) fn stop_moving(&mut self) {
         self.works.iter_mut().for_each(|work| work.stopped = true);
     }
-
-    /// Whether a page at one of these addresses may still be moved.
-    pub(super) fn is_at(&self, vpn: Vpn) -> bool {
-        self.works.iter().flat_map(|work| &work.entries).any(|entry| entry.vpn == Some(vpn))
-    }
 }
 
 impl Sim {
@@ -58,12 +55,10 @@ impl Sim {
         let pages = self.pager.batch_pages(batch).to_vec();
         assert!(!pages.is_empty() && pages.len() <= self.batch_pages, "batch of {}", pages.len());
         assert!(self.agent.works.iter().all(|work| work.batch != batch), "batch used twice");
-        let regions = self.pager.regions();
-        let entry = |page| Entry {
-            page,
-            vpn: regions.place(page).map(|(addr, _)| addr / PAGE),
-            result: None,
-            populate: false,
+        let entry = |page| {
+            let vpn = self.pager.regions().place(page).map(|(addr, _)| addr / PAGE);
+            let lost = vpn.and_then(|vpn| self.kernel.get(vpn)).is_some_and(|cell| cell.errors > 1);
+            Entry { page, vpn, result: None, populate: false, lost }
         };
         let entries = pages.iter().copied().map(entry).collect();
         self.agent.works.push(Work { batch, kind, entries, stopped: false });
@@ -118,7 +113,7 @@ impl Sim {
         if changing {
             return self.rng.one_in(8).then_some((PageResult::Busy, 0));
         }
-        if cell.trap != Trap::None || self.rng.one_in(60) {
+        if cell.trap != Trap::None || self.rng.one_in(self.clumsy) {
             return failed;
         }
         let Some(token) = cell.token else {
@@ -148,7 +143,7 @@ impl Sim {
     fn probe(&mut self, w: usize, n: usize) -> Option<(PageResult, Token)> {
         let failed = (PageResult::Failed, 0);
         let Some(vpn) = self.agent.works[w].entries[n].vpn else { return Some(failed) };
-        if self.rng.one_in(60) {
+        if self.rng.one_in(self.clumsy) {
             return Some(failed);
         }
         let present = self.kernel.get(vpn).is_some_and(|cell| cell.token.is_some());
@@ -156,10 +151,10 @@ impl Sim {
     }
 
     fn take_access(&mut self, w: usize, n: usize) -> Option<(PageResult, Token)> {
-        if let Some(vpn) = self.agent.works[w].entries[n].vpn
-            && let Some(cell) = self.kernel.cell(vpn)
-        {
-            assert!(cell.hit, "access taken away without a disk error");
+        let Entry { vpn, lost, .. } = self.agent.works[w].entries[n];
+        if let Some(cell) = vpn.and_then(|vpn| self.kernel.cell(vpn)) {
+            // A page that is discarded between question and answer is the price of a kernel that cannot poison.
+            assert!(lost, "access taken away without a disk error");
             cell.trap = Trap::Protected;
         }
         Some((PageResult::Protected, 0))
@@ -167,8 +162,7 @@ impl Sim {
 
     /// The daemon's part once a batch is done.
     pub(super) fn take_done_batch(&mut self) {
-        let done =
-            |work: &Work| work.entries.iter().all(|entry| entry.result.is_some());
+        let done = |work: &Work| work.entries.iter().all(|entry| entry.result.is_some());
         let Some(at) = self.agent.works.iter().position(done) else { return };
         let Work { batch, kind, entries, .. } = self.agent.works.swap_remove(at);
         self.log(|| format!("batch {batch} {kind:?} is done"));

@@ -136,7 +136,11 @@ impl Sim {
                 let slot = &mut disk.0.borrow_mut().slots[slot_of(n)];
                 slot.writing = false;
                 slot.content = Some(if good || self.rng.one_in(2) { *token } else { GARBAGE + *token });
-                assert_eq!(self.buffers[usize::from(transfer.buffer) + n], *token, "buffer changed under a write");
+                assert_eq!(
+                    self.buffers[usize::from(transfer.buffer) + n],
+                    *token,
+                    "buffer changed under a write"
+                );
             }
             self.pager.write_ended(transfer.op, good);
             return;
@@ -149,20 +153,13 @@ impl Sim {
             };
             let error = self.errors && self.rng.one_in(25);
             self.buffers[usize::from(transfer.buffer) + n] = token;
-            if error || damaged {
-                self.hit(page);
+            if let Some(id) = self.names.get(&page) {
+                self.kernel.cells[*id].errors += u32::from(error) + 2 * u32::from(damaged);
             }
             let good = !error && token == self.pager.slot_hash(page);
             self.pager.page_read(transfer.op, n, good);
         }
         self.pager.read_ended(transfer.op);
-    }
-
-    /// Remembers that the bytes of `page` may be lost for a good reason.
-    fn hit(&mut self, page: PageId) {
-        if let Some(id) = self.names.get(&page) {
-            self.kernel.cells[*id].hit = true;
-        }
     }
 
     /// Damages a slot at rest.

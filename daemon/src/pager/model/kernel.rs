@@ -40,10 +40,12 @@ pub(super) struct Cell {
     pub(super) freed: bool,
     /// Discards that the program has called and that have not returned.
     pub(super) discards: u32,
+    /// An mremap that moves it has not returned.
+    pub(super) moving: bool,
     /// Tasks of the program that touch it.
     pub(super) users: u32,
-    /// A disk error was injected where its bytes were.
-    pub(super) hit: bool,
+    /// Disk errors that were injected where its bytes were. One must not be enough to lose it.
+    pub(super) errors: u32,
     /// Its name, once the pager has used one for it.
     pub(super) page: Option<PageId>,
     pub(super) mapped: bool,
@@ -63,8 +65,9 @@ impl Cell {
             allowed: vec![(0, 0)],
             freed: false,
             discards: 0,
+            moving: false,
             users: 0,
-            hit: false,
+            errors: 0,
             page,
             mapped: true,
         }
@@ -76,7 +79,7 @@ impl Cell {
 
     /// The program wrote `token`.
     pub(super) fn wrote(&mut self, token: Token, now: u64) {
-        (self.token, self.lazy, self.freed, self.hit) = (Some(token), false, false, false);
+        (self.token, self.lazy, self.freed, self.errors) = (Some(token), false, false, 0);
         self.allowed = vec![(token, now)];
         if self.discards > 0 && token != 0 {
             self.allowed.push((0, now));
@@ -87,7 +90,7 @@ impl Cell {
     pub(super) fn was_read(&mut self, now: u64) {
         let Some(token) = self.token else { return };
         let when = self.allowed.iter().find(|(allowed, _)| *allowed == token).map_or(now, |(_, when)| *when);
-        self.hit = false;
+        self.errors = 0;
         self.allowed = vec![(token, when)];
         if token != 0 && (self.discards > 0 || self.freed) {
             self.allowed.push((0, now));
@@ -95,7 +98,7 @@ impl Cell {
     }
 
     pub(super) fn zap(&mut self) {
-        (self.token, self.lazy) = (None, false);
+        (self.token, self.lazy, self.pinned, self.shared) = (None, false, false, false);
         if self.trap == Trap::Marker {
             self.trap = Trap::None;
         }
@@ -152,10 +155,5 @@ impl Kernel {
 
     pub(super) fn is_free(&self, vpn: Vpn, pages: u64) -> bool {
         self.mem.range(vpn..vpn + pages).next().is_none()
-    }
-
-    /// How many pages from `vpn` on are mapped without a gap, at most `most`.
-    pub(super) fn stretch(&self, vpn: Vpn, most: u64) -> u64 {
-        (0..most).take_while(|n| self.mem.contains_key(&(vpn + n))).count() as u64
     }
 }

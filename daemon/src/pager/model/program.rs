@@ -7,8 +7,8 @@ use fmalloc_proto::PAGE;
 use fmalloc_proto::messages::Advice;
 
 use super::super::page::PageId;
-use super::Sim;
 use super::kernel::{Cell, Event, Token, Trap, Vpn};
+use super::{Reading, Sim};
 
 /// What a thread is about.
 #[derive(Debug)]
@@ -17,7 +17,7 @@ pub(super) enum Task {
     Access { vpn: Vpn, write: Option<Token>, asleep: bool },
     Discard(Discard),
     Change(Change),
-    Close { region: usize, asked: bool },
+    Close { number: u16, cells: Vec<Vpn>, asked: bool },
 }
 
 /// A call of madvise with MADV_DONTNEED or MADV_FREE.
@@ -94,7 +94,7 @@ impl Sim {
             Task::Access { vpn, write, asleep: false } => self.access(at, vpn, write),
             Task::Discard(discard) if discard.read => self.discard(discard),
             Task::Change(change) => self.change(at, change),
-            Task::Close { region, asked } => self.close(region, asked),
+            Task::Close { number, cells, asked } => self.close(number, cells, asked),
             blocked => blocked,
         };
     }
@@ -178,32 +178,20 @@ impl Sim {
         Task::Idle
     }
 
-    fn close(&mut self, region: usize, asked: bool) -> Task {
-        let number = self.regs[region].number;
+    fn close(&mut self, number: u16, cells: Vec<Vpn>, asked: bool) -> Task {
+        if self.has_events() || (asked && !self.pager.is_closed(number)) {
+            return Task::Close { number, cells, asked };
+        }
         if !asked {
-            if self.has_events() {
-                return Task::Close { region, asked };
-            }
             self.log(|| format!("close {number}"));
             self.pager.close(number);
-            return Task::Close { region, asked: true };
+            return Task::Close { number, cells, asked: true };
         }
-        if self.has_events() || !self.pager.is_closed(number) {
-            return Task::Close { region, asked };
-        }
-        let gone = self.cells_of(number);
+        self.log(|| format!("unregistered {number}"));
         let (_, claimed) = self.pager.unregister(number);
         self.disk.0.borrow_mut().unclaim(claimed);
-        self.log(|| format!("unregistered {number}"));
-        gone.into_iter().for_each(|vpn| self.kernel.remove(vpn));
-        self.regs.swap_remove(region);
-        for thread in &mut self.threads {
-            if let Task::Close { region: other, .. } = &mut thread.task
-                && *other == self.regs.len()
-            {
-                *other = region;
-            }
-        }
+        cells.into_iter().for_each(|vpn| self.kernel.remove(vpn));
+        self.regs.retain(|reg| reg.number != number);
         Task::Idle
     }
 
@@ -220,7 +208,11 @@ impl Sim {
     }
 
     fn let_go(&mut self, cells: &[usize]) {
-        cells.iter().for_each(|id| self.kernel.cells[*id].users -= 1);
+        for id in cells {
+            let cell = &mut self.kernel.cells[*id];
+            cell.users -= 1;
+            cell.moving = false;
+        }
     }
 
     /// A thread finds something to do.
@@ -240,6 +232,12 @@ impl Sim {
     }
 
     fn pick_vpn(&mut self, at: usize) -> Option<Vpn> {
+        let other = self.rng.index(self.threads.len());
+        if self.rng.one_in(10)
+            && let Task::Access { vpn, .. } = self.threads[other].task
+        {
+            return Some(vpn);
+        }
         let thread = &mut self.threads[at];
         if self.rng.one_in(30) {
             thread.stride = (!self.rng.one_in(3)).then(|| self.rng.one_in(2));
@@ -289,8 +287,8 @@ impl Sim {
 
     fn start_discard(&mut self, at: usize, vpn: Vpn) {
         let most = if self.rng.one_in(4) { 200 } else { self.rng.range(1, 12) };
-        let cells = self.run_of(vpn, most, |cell| cell.open);
-        let free = self.gate && self.rng.one_in(3);
+        let cells = self.run_of(vpn, most, |cell| cell.open && !cell.moving);
+        let free = (self.gate || self.reading == Reading::Unread) && self.rng.one_in(3);
         self.raise_discard(at, vpn, cells, free, None);
     }
 
@@ -370,8 +368,8 @@ impl Sim {
     fn hint(&mut self) {
         let Some((region, range)) = self.pick_range() else { return };
         let number = self.regs[region].number;
-        let advice =
-            [Advice::Normal, Advice::Sequential, Advice::Random, Advice::WillNeed, Advice::Cold][self.rng.index(5)];
+        let advice = [Advice::Normal, Advice::Sequential, Advice::Random, Advice::WillNeed, Advice::Cold]
+            [self.rng.index(5)];
         self.log(|| format!("advise {number} {range:?} {advice:?}"));
         self.pager.advise(number, range, advice);
     }
@@ -384,7 +382,11 @@ impl Sim {
 
     fn begin_change(&mut self, at: usize, events: Vec<Event>, cells: Vec<usize>) {
         self.kernel.changing += u32::try_from(events.len()).unwrap();
-        cells.iter().for_each(|id| self.kernel.cells[*id].users += 1);
+        for id in &cells {
+            let cell = &mut self.kernel.cells[*id];
+            cell.users += 1;
+            cell.moving = true;
+        }
         let change = Change { events: events.into(), raised: false, read: false, cells };
         self.threads[at].task = Task::Change(change);
     }
@@ -406,45 +408,66 @@ impl Sim {
         if ids.is_empty() {
             return;
         }
-        let mut events = Vec::new();
+        let mut tail = None;
         match self.rng.below(8) {
             0 | 1 => return self.grow_in_place(from + ids.len() as u64 - 1),
             2 if ids.len() > 1 => {
                 // The tail goes, the rest moves.
                 let keep = self.rng.range(1, ids.len() as u64 - 1);
-                let (vpn, pages) = (from + keep, ids.len() as u64 - keep);
+                tail = Some((from + keep, ids.len() as u64 - keep));
                 ids.truncate(usize::try_from(keep).unwrap());
-                (vpn..vpn + pages).for_each(|vpn| self.kernel.remove(vpn));
-                events.push(Event::Unmap { vpn, pages });
             }
             _ => {}
         }
         let (pages, grow) = (ids.len() as u64, if self.rng.one_in(4) { self.rng.range(1, 8) } else { 0 });
-        let dontunmap = grow == 0 && self.rng.one_in(5);
-        let to = self.new_place(pages + grow);
+        let dontunmap = self.gate && grow == 0 && tail.is_none() && self.rng.one_in(5);
+        let mut events = Vec::new();
+        let victim = if grow == 0 && tail.is_none() { self.victim(from, pages) } else { None };
+        events.extend(victim.map(|vpn| Event::Unmap { vpn, pages }));
+        let to = victim.unwrap_or_else(|| self.new_place(pages + grow));
+        events.push(Event::Remap { from, to, pages });
+        if let Some((vpn, pages)) = tail {
+            (vpn..vpn + pages).for_each(|vpn| self.kernel.remove(vpn));
+            events.push(Event::Unmap { vpn, pages });
+        }
         let vma = self.kernel.new_vma();
         for n in 0..pages {
             let id = self.kernel.mem.remove(&(from + n)).expect("model: moved page");
             self.kernel.cells[id].vma = vma;
-            if self.kernel.mem.contains_key(&(to + n)) {
-                self.kernel.remove(to + n);
-            }
             self.kernel.mem.insert(to + n, id);
         }
         (0..grow).for_each(|n| self.kernel.place_new(to + pages + n, Cell::new(vma, None, true)));
         if dontunmap {
             let vma = self.kernel.new_vma();
-            (0..pages).for_each(|n| self.kernel.place_new(from + n, Cell::new(vma, None, true)));
+            for n in 0..pages {
+                self.kernel.place_new(from + n, Cell::new(vma, None, true));
+                ids.push(self.kernel.cells.len() - 1);
+            }
         }
-        self.log(|| format!("thread {at} moves {from:x}+{pages} to {to:x}, grows {grow}, dontunmap {dontunmap}"));
-        events.insert(0, Event::Remap { from, to, pages });
+        self.log(|| {
+            format!("thread {at} moves {from:x}+{pages} to {to:x}, grows {grow}, dontunmap {dontunmap}")
+        });
         self.begin_change(at, events, ids);
+    }
+
+    /// Sometimes: pages that go because others are moved to their place (MREMAP_FIXED).
+    fn victim(&mut self, from: Vpn, pages: u64) -> Option<Vpn> {
+        if !self.gate || !self.rng.one_in(4) {
+            return None;
+        }
+        let to = self.pick_vpn(0)?;
+        let disjoint = to + pages <= from || from + pages <= to;
+        (disjoint && self.changeable(to, pages).len() as u64 == pages).then(|| {
+            (to..to + pages).for_each(|vpn| self.kernel.remove(vpn));
+            to
+        })
     }
 
     fn grow_in_place(&mut self, last: Vpn) {
         let pages = self.rng.range(1, 6);
         let free = self.kernel.is_free(last + 1, pages);
-        if free && (self.gate || (last + 1..last + 1 + pages).all(|vpn| !self.used_before.contains(&vpn))) {
+        let new = (last + 1..last + 1 + pages).all(|vpn| !self.used_before.contains(&vpn));
+        if free && (new || self.gate) {
             let vma = self.kernel.get(last).map_or(0, |cell| cell.vma);
             self.log(|| format!("grows in place: {:x}+{pages}", last + 1));
             for vpn in last + 1..last + 1 + pages {
@@ -455,12 +478,13 @@ impl Sim {
         }
     }
 
-    /// A free place for a mapping. Old addresses come again only where the agent cannot mix them up.
+    /// A free place for a mapping.
     fn new_place(&mut self, pages: u64) -> Vpn {
+        // Old addresses come again only where the agent cannot mix them up.
         if self.gate && self.rng.one_in(2) {
             for _ in 0..20 {
                 let vpn = self.rng.range(1, self.next_vpn);
-                if self.kernel.is_free(vpn, pages) && (vpn..vpn + pages).all(|vpn| !self.agent.is_at(vpn)) {
+                if self.kernel.is_free(vpn, pages) {
                     self.next_vpn = self.next_vpn.max(vpn + pages);
                     return vpn;
                 }
@@ -488,13 +512,14 @@ impl Sim {
         if busy || self.has_events() || self.kernel.changing > 0 || self.regs[region].closing {
             return;
         }
-        for vpn in gone {
-            if let Some(cell) = self.kernel.cell(vpn) {
+        for vpn in &gone {
+            if let Some(cell) = self.kernel.cell(*vpn) {
                 cell.open = false;
             }
         }
-        self.regs[region].closing = true;
-        self.threads[at].task = Task::Close { region, asked: false };
+        let reg = &mut self.regs[region];
+        reg.closing = true;
+        self.threads[at].task = Task::Close { number: reg.number, cells: gone, asked: false };
     }
 
     fn register(&mut self) {
@@ -508,7 +533,8 @@ impl Sim {
         if !sparse && !self.disk.0.borrow_mut().claim(pages) {
             return;
         }
-        let number = self.pager.register(vpn * PAGE, pages * PAGE, !sparse, String::new()).expect("room for a region");
+        let number =
+            self.pager.register(vpn * PAGE, pages * PAGE, !sparse, String::new()).expect("room for a region");
         self.log(|| format!("registered {number} at {vpn:x}+{pages}, sparse {sparse}"));
         let vma = self.kernel.new_vma();
         self.names.retain(|page, _| page.region() != number);
