@@ -1,7 +1,7 @@
 //! Support for the end-to-end tests in `tests/`: a real daemon, real client processes, and what is measured of both from
 //! outside. Needs the binaries of the whole workspace, built beforehand: see `make test`.
 //!
-//! - [`bench`]: the benchmark, `fmalloc-bench`: fmalloc beside kernel swap and whatever else a user could pick;
+//! - [`mod@bench`]: the benchmark, `fmalloc-bench`: fmalloc beside kernel swap and whatever else a user could pick;
 //! - [`daemon`]: starts `fmallocd` in a directory of its own, asks it by `fmallocctl`;
 //! - [`worker`]: client processes, told line by line what to do: the binary `fmalloc-worker` of this package;
 //! - [`pattern`]: the content of pages, such that any wrong byte shows; [`rng`]: random numbers that can be repeated;
