@@ -81,10 +81,23 @@ impl Region {
     /// # Errors
     /// [`Error::Invalid`] for a range outside the region, a lost daemon, or a failure of the system.
     pub fn decommit(&mut self, range: Range<usize>) -> Result<(), Error> {
+        // SAFETY: the region is borrowed exclusively.
+        unsafe { self.decommit_unused(range) }
+    }
+
+    /// [`Region::decommit`] for an allocator, which knows by itself what is in use.
+    ///
+    /// # Safety
+    /// Nothing may refer to the content of the range.
+    ///
+    /// # Errors
+    /// As [`Region::decommit`].
+    pub unsafe fn decommit_unused(&self, range: Range<usize>) -> Result<(), Error> {
         let Some(pages) = self.within(&range)? else { return Ok(()) };
         self.link().check()?;
         self.protect(&pages, libc::PROT_NONE)?;
-        self.drop_pages(&pages)?;
+        // SAFETY: the caller's.
+        unsafe { self.drop_pages(&pages) }?;
         self.link().order(&Request::Decommit(self.part(&pages)))
     }
 
@@ -111,7 +124,8 @@ impl Region {
             self[range].fill(0);
             return Ok(());
         };
-        self.drop_pages(&pages)?;
+        // SAFETY: the region is borrowed exclusively.
+        unsafe { self.drop_pages(&pages) }?;
         self[range.start..pages.start].fill(0);
         let tail = pages.end.min(range.end)..range.end;
         self[tail].fill(0);
@@ -252,9 +266,11 @@ impl Region {
             .map_err(|errno| Error::system("changing access to a part of a region", errno))
     }
 
-    fn drop_pages(&mut self, pages: &Range<usize>) -> Result<(), Error> {
+    /// # Safety
+    /// Nothing may refer to the content.
+    unsafe fn drop_pages(&self, pages: &Range<usize>) -> Result<(), Error> {
         let start = self.base.as_ptr().wrapping_add(pages.start).cast();
-        // SAFETY: the region is borrowed exclusively, so nothing refers to the content that is dropped.
+        // SAFETY: the pages are the region's, and the caller answers for their content.
         Errno::result(unsafe { libc::madvise(start, pages.len(), libc::MADV_DONTNEED) })
             .map(drop)
             .map_err(|errno| Error::system("discarding a part of a region", errno))

@@ -4,10 +4,13 @@
 
 use std::io::IoSlice;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
 use nix::errno::Errno;
-use nix::sys::socket::{self, AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, UnixAddr};
+use nix::sys::socket::{
+    self, AddressFamily, Backlog, ControlMessage, MsgFlags, SockFlag, SockType, UnixAddr,
+};
 use thiserror::Error;
 
 use crate::limits::{MAX_FDS, MAX_MESSAGE};
@@ -132,8 +135,27 @@ unsafe fn take_fds(header: &libc::msghdr) -> Vec<OwnedFd> {
 /// The errno of the failing call: ENOENT and ECONNREFUSED mean that no daemon listens there.
 pub fn connect(path: &Path) -> Result<OwnedFd, Errno> {
     let socket = socket::socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None)?;
-    socket::connect(socket.as_raw_fd(), &UnixAddr::new(path)?)?;
+    socket::connect(socket.as_raw_fd(), &address(path)?)?;
     Ok(socket)
+}
+
+/// Listens at a name that is in no file system, `@` and what follows it, and goes away with the socket.
+///
+/// # Errors
+/// The errno of the failing call: EADDRINUSE if somebody listens there.
+pub fn listen_abstract(name: &Path) -> Result<OwnedFd, Errno> {
+    let socket = socket::socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None)?;
+    socket::bind(socket.as_raw_fd(), &address(name)?)?;
+    socket::listen(&socket, Backlog::MAXALLOWABLE)?;
+    Ok(socket)
+}
+
+/// A path, or a name in the abstract name space, which is written with an `@` in front as in /proc/net/unix.
+fn address(path: &Path) -> Result<UnixAddr, Errno> {
+    match path.as_os_str().as_bytes().strip_prefix(b"@") {
+        Some(name) => UnixAddr::new_abstract(name),
+        None => UnixAddr::new(path),
+    }
 }
 
 /// A connected pair of close-on-exec sockets, for a private daemon and for tests.

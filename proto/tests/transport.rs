@@ -9,7 +9,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use fmalloc_proto::limits::{MAX_FDS, MAX_MESSAGE};
-use fmalloc_proto::transport::{TransportError, connect, pair, recv, send};
+use fmalloc_proto::transport::{TransportError, connect, listen_abstract, pair, recv, send};
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, FdFlag, OFlag, fcntl};
 use nix::sys::socket::{
@@ -175,4 +175,16 @@ fn connect_reaches_a_listener_and_says_when_there_is_none() {
     assert_eq!(fcntl(&near, FcntlArg::F_GETFD), Ok(FdFlag::FD_CLOEXEC.bits()));
 
     std::fs::remove_dir_all(&dir).unwrap();
+}
+
+#[test]
+fn an_abstract_name_is_reached_while_its_socket_is_open() {
+    let _turn = alone();
+    let name = std::path::PathBuf::from(format!("@fmalloc-transport-test-{}", std::process::id()));
+    let listener = listen_abstract(&name).unwrap();
+    assert_eq!(listen_abstract(&name).unwrap_err(), Errno::EADDRINUSE);
+    let client = connect(&name).unwrap();
+    drop(client);
+    drop(listener);
+    assert_eq!(connect(&name).unwrap_err(), Errno::ECONNREFUSED);
 }

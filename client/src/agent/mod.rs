@@ -44,6 +44,7 @@ use crate::connect::{self, Route, Wanted};
 use crate::error::Error;
 use crate::health::Health;
 use crate::herald::Voice;
+use crate::hook;
 use crate::link::Link;
 use crate::sys::{self, Uffd};
 
@@ -79,6 +80,7 @@ pub(crate) fn start(link: Arc<Link>, voice: Voice, route: Route, wanted: Wanted)
 
 /// The whole life of the thread.
 fn live(link: Arc<Link>, voice: Voice, route: &Route, wanted: &Wanted, started: &Sender<Result<(), Error>>) {
+    hook::on_own_thread();
     let mut agent = match Agent::connect(link, voice, route, wanted) {
         Ok(agent) => agent,
         Err(error) => {
