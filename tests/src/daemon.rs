@@ -9,6 +9,7 @@ use nix::sys::signal::Signal;
 use serde_json::Value;
 use tempfile::TempDir;
 
+use crate::failing::{self, Plan};
 use crate::{PATIENCE, Worker, place, process, wait_until};
 
 /// A running daemon; ends with the value, and its files go with it.
@@ -31,26 +32,43 @@ impl Daemon {
     /// If the daemon does not get ready.
     #[must_use]
     pub fn start_with(ram: &str, swap: &str, more: &[&str]) -> Option<Self> {
+        place::can_page()
+            .then(|| Self::run(Command::new(place::binary("fmallocd")), place::directory(), ram, swap, more))
+    }
+
+    /// [`Daemon::start_with`] of a daemon whose swap I/O fails as the plan says: not at all, at first.
+    ///
+    /// # Panics
+    /// If the daemon does not get ready.
+    #[must_use]
+    pub fn start_failing(ram: &str, swap: &str, more: &[&str]) -> Option<(Self, Plan)> {
         place::can_page().then(|| {
             let dir = place::directory();
-            let log = File::create(dir.path().join("log")).expect("a file for the log");
-            let mut command = Command::new(place::binary("fmallocd"));
-            // Whatever this machine has configured is not for tests.
-            File::create(dir.path().join("empty.toml")).expect("a configuration file");
-            command.arg("--config").arg(dir.path().join("empty.toml"));
-            command.arg("--socket").arg(dir.path().join("socket"));
-            command.arg("--swap").arg(dir.path().join("swap"));
-            command.args(["--ram", ram, "--swap-size", swap]).args(more);
-            command.stdin(Stdio::null()).stdout(log.try_clone().expect("a descriptor")).stderr(log);
-            let child = process::end_with_us(&mut command).spawn().expect("a daemon");
-            let mut daemon = Self { child, dir };
-            wait_until("the daemon is ready", || {
-                let ended = daemon.child.try_wait().expect("a child to wait for");
-                assert!(ended.is_none(), "the daemon ended: {ended:?}\n{}", daemon.log());
-                daemon.log().lines().any(|line| line.ends_with("ready"))
-            });
-            daemon
+            let path = dir.path().join("plan");
+            let plan = Plan::open(&path);
+            let mut command = Command::new(place::binary("fmallocd-failing"));
+            command.env(failing::PLAN, path);
+            (Self::run(command, dir, ram, swap, more), plan)
         })
+    }
+
+    fn run(mut command: Command, dir: TempDir, ram: &str, swap: &str, more: &[&str]) -> Self {
+        let log = File::create(dir.path().join("log")).expect("a file for the log");
+        // Whatever this machine has configured is not for tests.
+        File::create(dir.path().join("empty.toml")).expect("a configuration file");
+        command.arg("--config").arg(dir.path().join("empty.toml"));
+        command.arg("--socket").arg(dir.path().join("socket"));
+        command.arg("--swap").arg(dir.path().join("swap"));
+        command.args(["--ram", ram, "--swap-size", swap]).args(more);
+        command.stdin(Stdio::null()).stdout(log.try_clone().expect("a descriptor")).stderr(log);
+        let child = process::end_with_us(&mut command).spawn().expect("a daemon");
+        let mut daemon = Self { child, dir };
+        wait_until("the daemon is ready", || {
+            let ended = daemon.child.try_wait().expect("a child to wait for");
+            assert!(ended.is_none(), "the daemon ended: {ended:?}\n{}", daemon.log());
+            daemon.log().lines().any(|line| line.ends_with("ready"))
+        });
+        daemon
     }
 
     /// Where its files are; other users may look, and tests may put files there.

@@ -3,6 +3,7 @@
 //!
 //! - [`mod@bench`]: the benchmark, `fmalloc-bench`: fmalloc beside kernel swap and whatever else a user could pick;
 //! - [`daemon`]: starts `fmallocd` in a directory of its own, asks it by `fmallocctl`;
+//! - [`failing`]: swap I/O that fails on demand, in the daemon `fmallocd-failing` of this package;
 //! - [`worker`]: client processes, told line by line what to do: the binary `fmalloc-worker` of this package;
 //! - [`pattern`]: the content of pages, such that any wrong byte shows; [`rng`]: random numbers that can be repeated;
 //! - [`place`]: where binaries and temporary files are, and whether tests can run here at all;
@@ -12,6 +13,7 @@
 
 pub mod bench;
 pub mod daemon;
+pub mod failing;
 pub mod pattern;
 pub mod place;
 pub mod process;

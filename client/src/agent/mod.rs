@@ -9,6 +9,8 @@ mod aide;
 pub(crate) mod control;
 pub(crate) mod evict;
 pub(crate) mod mailbox;
+#[cfg(test)]
+mod move_tests;
 pub(crate) mod mover;
 pub(crate) mod remapper;
 mod sight;

@@ -37,6 +37,7 @@ use tokio::task::LocalSet;
 use tracing::{error, info, warn};
 
 use crate::config::{Config, Limits, Mode, Service, make_directory_of};
+use crate::fault::reactor::Interposer;
 use crate::service::reload::{Reloaded, Reloader};
 use crate::service::{self, Inherited, memory};
 use crate::swap::{Swap, SwapFile};
@@ -75,7 +76,19 @@ struct Daemon {
 ///
 /// # Errors
 /// What kept it from starting, with what to do about it.
-pub fn run(mut config: Config, reloader: Reloader) -> anyhow::Result<()> {
+pub fn run(config: Config, reloader: Reloader) -> anyhow::Result<()> {
+    run_interposed(config, reloader, None)
+}
+
+/// [`run`] with something between fault threads and the swap file.
+///
+/// # Errors
+/// As [`run`].
+pub fn run_interposed(
+    mut config: Config,
+    reloader: Reloader,
+    interposer: Option<Box<dyn Interposer>>,
+) -> anyhow::Result<()> {
     raise_fd_limit(&mut config.limits);
     if config.features.io_uring
         && let Err(error) = io_uring::IoUring::new(2)
@@ -93,7 +106,9 @@ pub fn run(mut config: Config, reloader: Reloader) -> anyhow::Result<()> {
         }
         Mode::Private(private) => Some(adopt(private.fd)?),
     };
-    let swap = Arc::new(Swap::new(open_swap(&config)?)?);
+    let mut swap = Swap::new(open_swap(&config)?)?;
+    swap.interposer = interposer;
+    let swap = Arc::new(swap);
     let daemon = Rc::new(Daemon::new(config, reloader, swap));
     daemon.log_start();
 

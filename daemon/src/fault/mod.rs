@@ -7,6 +7,7 @@ pub mod remaps;
 pub mod requests;
 pub mod stats;
 pub mod thread;
+mod trouble;
 pub mod uffd;
 
 pub use handle::{Command, Features, Handle, Setup};

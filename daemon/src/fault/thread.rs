@@ -21,6 +21,7 @@ use super::reactor::{Completion, Io, Psync, Reactor, Ready, Uring, Watched};
 use super::remaps::Remaps;
 use super::requests::AgentRing;
 use super::stats::{Condition, SharedStats};
+use super::trouble::Trouble;
 use super::uffd::{BATCH, ClientUffd, Message};
 use crate::arena::Arena;
 use crate::pager::{Action, Pager, RegisterError, Sizes, Source, Stop, Transfer};
@@ -84,6 +85,10 @@ pub fn spawn(setup: Setup) -> anyhow::Result<Handle> {
                 Box::new(Psync::new(watched, file))
             }
         };
+        let reactor = match &swap.interposer {
+            Some(interposer) => interposer.interpose(client, reactor),
+            None => reactor,
+        };
         let thread = FaultThread {
             client,
             pid,
@@ -108,6 +113,7 @@ pub fn spawn(setup: Setup) -> anyhow::Result<Handle> {
             stopping: false,
             retry_after: None,
             next_token: 0,
+            trouble: Trouble::default(),
         };
         thread.run();
     };
@@ -165,6 +171,7 @@ struct FaultThread {
     stopping: bool,
     retry_after: Option<Duration>,
     next_token: u64,
+    trouble: Trouble,
 }
 
 impl FaultThread {
@@ -447,18 +454,35 @@ impl FaultThread {
     }
 
     fn complete(&mut self, completion: Completion) {
-        let op = u32::try_from(completion.token >> 1).unwrap_or(u32::MAX);
-        if completion.token & 1 == 0 {
-            self.pager.write_ended(op, completion.good);
+        let (op, is_read) =
+            (u32::try_from(completion.token >> 1).unwrap_or(u32::MAX), completion.token & 1 == 1);
+        let good = completion.result.is_ok();
+        if let Err(failure) = completion.result {
+            self.trouble.report(self.client, self.pid, if is_read { "read" } else { "write" }, failure);
+        }
+        if !is_read {
+            self.pager.write_ended(op, good);
             return;
         }
+        let mut wrong = 0;
         for n in 0..self.pager.op_pages(op).len() {
             let entry = self.pager.op_pages(op)[n];
-            let good = completion.good && {
+            let matches = good && {
                 let buffer = self.pager.op_buffer(op, n);
                 self.swap.key.hash(self.memory.page(buffer)) == self.pager.slot_hash(entry)
             };
-            self.pager.page_read(op, n, good);
+            if good && !matches {
+                // It counts only if the page was not discarded meanwhile.
+                let before = self.pager.stats().io_errors;
+                self.pager.page_read(op, n, false);
+                wrong += self.pager.stats().io_errors - before;
+            } else {
+                self.pager.page_read(op, n, matches);
+            }
+        }
+        if wrong > 0 {
+            let text = format_args!("{wrong} pages are not as they were written");
+            self.trouble.report(self.client, self.pid, "check", text);
         }
         self.pager.read_ended(op);
     }

@@ -14,6 +14,7 @@ use thiserror::Error;
 pub use file::SwapFile;
 use slots::{Cursor, Slots};
 
+use crate::fault::reactor::Interposer;
 use crate::hash::PageKey;
 use crate::pager::Store;
 use crate::pager::page::Slot;
@@ -30,6 +31,8 @@ pub struct Swap {
     pub file: SwapFile,
     /// The secret of its hashes.
     pub key: PageKey,
+    /// What fault threads put before their swap I/O; nothing in `fmallocd`.
+    pub interposer: Option<Box<dyn Interposer>>,
     slots: Slots,
     /// Pages promised to committed memory.
     claimed: AtomicU64,
@@ -63,7 +66,14 @@ impl Swap {
     pub fn new(file: SwapFile) -> io::Result<Self> {
         let slots = Slots::new(file.max_bytes() / PAGE);
         slots.grow(file.bytes() / PAGE);
-        Ok(Self { key: PageKey::random()?, file, slots, claimed: AtomicU64::new(0), growing: Mutex::new(()) })
+        Ok(Self {
+            key: PageKey::random()?,
+            file,
+            interposer: None,
+            slots,
+            claimed: AtomicU64::new(0),
+            growing: Mutex::new(()),
+        })
     }
 
     /// Promises `pages` pages. May make the file longer, which takes the time that the file system takes.

@@ -4,9 +4,13 @@
 mod psync;
 mod uring;
 
+use std::fmt::Debug;
 use std::os::fd::RawFd;
 use std::ptr::NonNull;
 use std::time::Duration;
+
+use nix::errno::Errno;
+use thiserror::Error;
 
 pub use psync::Psync;
 pub use uring::Uring;
@@ -31,8 +35,32 @@ pub struct Io {
 pub struct Completion {
     /// From the transfer.
     pub token: u64,
-    /// All bytes were transferred; anything less is a failure.
-    pub good: bool,
+    /// All bytes were transferred, or why not.
+    pub result: Result<(), IoFailure>,
+}
+
+/// Why a transfer failed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
+pub enum IoFailure {
+    /// The system said so.
+    #[error("{0}")]
+    System(Errno),
+    /// It ended early.
+    #[error("it ended after {0} bytes")]
+    Short(u64),
+}
+
+impl Completion {
+    /// From what a system call or io_uring gave for a transfer of `len` bytes: a count, or a negative error number.
+    #[must_use]
+    pub fn of(token: u64, len: u64, got: i64) -> Self {
+        let result = match u64::try_from(got) {
+            Ok(count) if count == len => Ok(()),
+            Ok(count) => Err(IoFailure::Short(count)),
+            Err(_) => Err(IoFailure::System(Errno::from_raw(i32::try_from(-got).unwrap_or(libc::EIO)))),
+        };
+        Self { token, result }
+    }
 }
 
 /// Descriptors that became readable.
@@ -78,4 +106,10 @@ pub trait Reactor {
         watch_uffd: bool,
         done: &mut Vec<Completion>,
     ) -> std::io::Result<Ready>;
+}
+
+/// Stands between fault threads and their swap I/O. Tests have transfers fail through it; `fmallocd` has none.
+pub trait Interposer: Debug + Send + Sync {
+    /// What the fault thread of this client is to use instead of `reactor`.
+    fn interpose(&self, client: u64, reactor: Box<dyn Reactor>) -> Box<dyn Reactor>;
 }

@@ -4,6 +4,8 @@ use std::io;
 use std::os::fd::RawFd;
 use std::time::Duration;
 
+use nix::errno::Errno;
+
 use super::{Completion, Io, Reactor, Ready, Watched};
 
 /// See the module.
@@ -25,7 +27,7 @@ impl Reactor for Psync {
     unsafe fn submit(&mut self, io: Io) {
         let (len, offset) = (io.len as usize, libc::off_t::try_from(io.offset).unwrap_or(libc::off_t::MAX));
         let memory = io.memory.as_ptr();
-        let got = loop {
+        let got: i64 = loop {
             // SAFETY: the caller promises memory of this length.
             let got = unsafe {
                 if io.is_read {
@@ -34,11 +36,13 @@ impl Reactor for Psync {
                     libc::pwrite(self.swap, memory.cast(), len, offset)
                 }
             };
-            if got >= 0 || io::Error::last_os_error().kind() != io::ErrorKind::Interrupted {
-                break got;
+            match Errno::result(got) {
+                Ok(count) => break i64::try_from(count).unwrap_or(i64::MAX),
+                Err(Errno::EINTR) => {}
+                Err(errno) => break -i64::from(errno as i32),
             }
         };
-        self.done.push(Completion { token: io.token, good: usize::try_from(got) == Ok(len) });
+        self.done.push(Completion::of(io.token, u64::from(io.len), got));
     }
 
     fn wait(

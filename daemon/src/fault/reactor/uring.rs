@@ -121,9 +121,8 @@ impl Reactor for Uring {
                 }
                 token => {
                     let place = usize::try_from(token).unwrap_or(usize::MAX);
-                    let wanted = self.lengths.get(place).copied();
-                    let good = u32::try_from(entry.result()).is_ok_and(|got| Some(got) == wanted);
-                    done.push(Completion { token, good });
+                    let len = self.lengths.get(place).copied().unwrap_or(0);
+                    done.push(Completion::of(token, len.into(), entry.result().into()));
                 }
             }
         }

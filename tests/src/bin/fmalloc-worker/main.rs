@@ -7,6 +7,7 @@
 mod basic;
 mod calls;
 mod content;
+mod endure;
 mod hostile;
 mod life;
 mod mappings;
@@ -134,6 +135,8 @@ fn run(state: &State, name: &str, args: &mut Args<'_>, stop: &AtomicBool) -> Out
         "file-out" => calls::file_out(state, args),
         "file-in" => calls::file_in(state, args),
         "direct" => calls::direct(state, args),
+
+        "endure" => endure::endure(state, args),
 
         "pin" => pin::pin(state, args),
         "pinned-in" => pin::read_in(state, args),
