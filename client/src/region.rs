@@ -63,6 +63,14 @@ impl Region {
         Self::make(pager, len, false, "")
     }
 
+    /// [`Region::sparse`] with a label for `fmallocctl regions`, of which 64 bytes are kept.
+    ///
+    /// # Errors
+    /// As [`Region::new`].
+    pub fn sparse_labelled(pager: &Pager, len: usize, label: &str) -> Result<Self, Error> {
+        Self::make(pager, len, false, label)
+    }
+
     /// Makes the pages of `range` (in bytes; whole pages around it) usable. What is usable already stays as it is.
     ///
     /// # Errors
@@ -130,6 +138,21 @@ impl Region {
         let tail = pages.end.min(range.end)..range.end;
         self[tail].fill(0);
         Ok(())
+    }
+
+    /// [`Region::discard`] of the whole pages within `range` (in bytes) for an allocator, which knows by itself what is in
+    /// use.
+    ///
+    /// # Safety
+    /// Nothing may refer to the content of the range.
+    ///
+    /// # Errors
+    /// As [`Region::discard`].
+    pub unsafe fn discard_unused(&self, range: Range<usize>) -> Result<(), Error> {
+        let Some(pages) = self.within(&range)? else { return Ok(()) };
+        self.link().check()?;
+        // SAFETY: the caller's.
+        unsafe { self.drop_pages(&pages) }
     }
 
     /// For each page that `range` (in bytes) touches, whether it is in RAM at this moment.

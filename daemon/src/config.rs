@@ -81,7 +81,7 @@ pub struct Config {
 pub enum Mode {
     /// All authorised processes, over a socket with a name.
     Service(Service),
-    /// One process, over an inherited socket.
+    /// One process over an inherited socket, or those who connect to it if it listens.
     Private(Private),
 }
 
@@ -107,6 +107,10 @@ pub struct Service {
 pub struct Private {
     /// The inherited socket.
     pub fd: RawFd,
+    /// Its name in the abstract name space, with an `@` in front, if it listens. Known when the socket was looked at.
+    pub socket: String,
+    /// Process that may still bring clients.
+    pub owner: Option<i32>,
     /// Directory of the swap file.
     pub swap_dir: PathBuf,
     /// Largest size of the swap file.
@@ -201,7 +205,14 @@ fn private(cli: &Cli, sources: &Sources<'_>, fd: RawFd) -> Result<Config, Config
         Some(size) => size.0,
         None => room(&swap_dir, &place)? / 2,
     };
-    let mode = Mode::Private(Private { fd, swap_dir, swap_size, user_mode_only: cli.user_mode_only });
+    let mode = Mode::Private(Private {
+        fd,
+        socket: String::new(),
+        owner: cli.private_owner,
+        swap_dir,
+        swap_size,
+        user_mode_only: cli.user_mode_only,
+    });
     common(sources, mode, pool, LogLevel::Warn)
 }
 

@@ -28,12 +28,16 @@ pub struct Cli {
     /// Check the configuration, print what is in effect, and end: 0 if it is sound, 2 if not
     #[arg(long)]
     pub check: bool,
-    /// Serve one process over an inherited socket and end with it; reads no file
+    /// Serve one process over an inherited socket and end with it, or with --private-owner and all its clients if the
+    /// socket listens; reads no file
     #[arg(long, requires = "private_fd", conflicts_with_all = ["config", "socket", "swap", "check"])]
     pub private: bool,
     /// The inherited socket
     #[arg(long, value_name = "N", requires = "private")]
     pub private_fd: Option<i32>,
+    /// Process that may still bring clients, as long as it lives
+    #[arg(long, value_name = "PID", requires = "private")]
+    pub private_owner: Option<i32>,
     /// Directory of the private, unlinked swap file
     #[arg(long, value_name = "DIR", requires = "private", default_value = "/var/tmp")]
     pub swap_dir: PathBuf,

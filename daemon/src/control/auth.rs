@@ -66,7 +66,8 @@ pub(crate) fn pidfd(socket: BorrowedFd<'_>, peer: &Peer, ask_socket: bool) -> ni
     }
 }
 
-fn open_pidfd(pid: i32) -> nix::Result<OwnedFd> {
+/// A descriptor that becomes readable when this process ends.
+pub(crate) fn open_pidfd(pid: i32) -> nix::Result<OwnedFd> {
     use std::os::fd::FromRawFd;
     // SAFETY: the call takes plain numbers.
     let fd = Errno::result(unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) })?;

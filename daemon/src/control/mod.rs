@@ -20,7 +20,7 @@ mod session;
 mod throttle;
 
 use std::cell::{Cell, Ref, RefCell};
-use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -32,7 +32,7 @@ use fmalloc_proto::num::to_u64;
 use fmalloc_proto::size::Size;
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
-use nix::sys::socket::{SockType, getsockopt, sockopt};
+use nix::sys::socket::{SockType, UnixAddr, getsockname, getsockopt, sockopt};
 use tokio::task::LocalSet;
 use tracing::{error, info, warn};
 
@@ -46,6 +46,7 @@ use clients::Clients;
 use connection::{Connection, RecvError, failure};
 use listener::Listener;
 use pool::Pool;
+use server::Owner;
 use throttle::Throttle;
 
 /// A peer that has something to say says it by then.
@@ -104,7 +105,11 @@ pub fn run_interposed(
             prepare_service(service, inherited.as_ref())?;
             None
         }
-        Mode::Private(private) => Some(adopt(private.fd)?),
+        Mode::Private(private) => {
+            let socket = adopt(private.fd)?;
+            private.socket = listening_name(&socket);
+            Some(socket)
+        }
     };
     let mut swap = Swap::new(open_swap(&config)?)?;
     swap.interposer = interposer;
@@ -121,7 +126,13 @@ pub fn run_interposed(
                     Some(inherited) => Listener::inherit(inherited)?,
                     None => Listener::bind(service)?,
                 };
-                server::run(&daemon, listener).await
+                server::run(&daemon, listener, None).await
+            }
+            (Mode::Private(private), Some(socket)) if !private.socket.is_empty() => {
+                let owner = private.owner.context("a socket that listens needs a --private-owner")?;
+                let owner = auth::open_pidfd(owner).context("--private-owner: no such process")?;
+                let listener = Listener::inherit(Inherited { socket, path: (&private.socket).into() })?;
+                server::run(&daemon, listener, Some(Owner::new(owner)?)).await
             }
             (Mode::Private(_), Some(socket)) => server::run_private(&daemon, socket).await,
             (Mode::Private(_), None) => Ok(()),
@@ -170,6 +181,18 @@ fn adopt(fd: RawFd) -> anyhow::Result<OwnedFd> {
     }
     fcntl(&socket, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC))?;
     Ok(socket)
+}
+
+/// The abstract name of a socket that listens, with an `@` in front; of any other, nothing.
+fn listening_name(socket: &OwnedFd) -> String {
+    let address = getsockname::<UnixAddr>(socket.as_raw_fd());
+    match (getsockopt(socket, sockopt::AcceptConn), address) {
+        (Ok(true), Ok(address)) => address
+            .as_abstract()
+            .map(|name| format!("@{}", String::from_utf8_lossy(name)))
+            .unwrap_or_default(),
+        _ => String::new(),
+    }
 }
 
 /// Takes as many file descriptors as the system allows, and no more clients and connections than those suffice for:
@@ -284,7 +307,7 @@ impl Daemon {
     fn socket_name(&self) -> String {
         match &self.config().mode {
             Mode::Service(service) => service.socket.display().to_string(),
-            Mode::Private(_) => String::new(),
+            Mode::Private(private) => private.socket.clone(),
         }
     }
 

@@ -10,13 +10,14 @@ use fmalloc_proto::PAGE;
 use fmalloc_proto::hello::Role;
 use fmalloc_proto::messages::{ErrorCode, Failure};
 use fmalloc_proto::size::Size;
+use tokio::io::unix::AsyncFd;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::task::{JoinHandle, spawn_local};
 use tokio::time::{MissedTickBehavior, interval, sleep, timeout};
 use tracing::{info, warn};
 
 use super::auth::Peer;
-use super::connection::{Connection, failure};
+use super::connection::{Connection, failure, watch};
 use super::listener::Listener;
 use super::{Daemon, HANDSHAKE, operator, session};
 use crate::service;
@@ -34,13 +35,15 @@ const HANGUP: &str = "SIGHUP";
 /// Peers at once that are told why they are refused; beyond these they are just dropped.
 const REFUSALS: usize = 64;
 
-/// Serves until a signal ends it.
-pub(crate) async fn run(daemon: &Rc<Daemon>, listener: Listener) -> anyhow::Result<()> {
+/// Serves until a signal ends it, or, if it is private, until its owner and all clients have ended.
+pub(crate) async fn run(daemon: &Rc<Daemon>, listener: Listener, owner: Option<Owner>) -> anyhow::Result<()> {
     let seats = Rc::new(Seats::default());
     let mut signals = Signals::new()?;
     let mut drain = Drain::new(daemon);
-    spawn_local(service::watchdog());
-    service::ready("serving");
+    if daemon.is_service() {
+        spawn_local(service::watchdog());
+        service::ready("serving");
+    }
     info!("ready");
     loop {
         tokio::select! {
@@ -59,10 +62,31 @@ pub(crate) async fn run(daemon: &Rc<Daemon>, listener: Listener) -> anyhow::Resu
                 break;
             },
             () = drain.finished() => break,
+            () = left_alone(daemon, owner.as_ref()) => break,
         }
     }
     info!("ended");
     Ok(())
+}
+
+/// Who may still bring clients to a private daemon that listens.
+#[derive(Debug)]
+pub(crate) struct Owner(AsyncFd<OwnedFd>);
+
+impl Owner {
+    /// By its pidfd. Must be called on the runtime.
+    pub(crate) fn new(pidfd: OwnedFd) -> std::io::Result<Self> {
+        watch(pidfd).map(Self)
+    }
+}
+
+/// Waits until the owner has ended and no client is left; for ever if there is no owner.
+async fn left_alone(daemon: &Daemon, owner: Option<&Owner>) {
+    let Some(Owner(pidfd)) = owner else { return std::future::pending().await };
+    let _ = pidfd.readable().await;
+    while daemon.clients.len() > 0 {
+        sleep(DRAIN_WATCH).await;
+    }
 }
 
 /// Serves the one client of a private daemon until it has ended, or a signal ends the daemon.

@@ -1,6 +1,6 @@
 //! How a daemon starts beside others and ends: exclusive socket and swap file, signals, private mode.
 
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command};
 use std::time::{Duration, Instant};
@@ -80,7 +80,12 @@ fn missing_directories_are_made() {
 /// A private daemon and the client's end of its socket.
 fn private(place: &Place, args: &[&str]) -> (Child, Peer) {
     let (ours, theirs) = transport::pair().unwrap();
-    let fd = theirs.as_raw_fd();
+    (private_over(place, &theirs, args), Peer::over(ours))
+}
+
+/// A private daemon over this socket.
+fn private_over(place: &Place, socket: &OwnedFd, args: &[&str]) -> Child {
+    let fd = socket.as_raw_fd();
     let mut command = Command::new(env!("CARGO_BIN_EXE_fmallocd"));
     command.args(["--private", "--private-fd", &fd.to_string(), "--swap-size", "64M"]).args(args);
     command.arg("--swap-dir").arg(place.path(""));
@@ -92,7 +97,7 @@ fn private(place: &Place, args: &[&str]) -> (Child, Peer) {
             Ok(())
         });
     }
-    (command.spawn().unwrap(), Peer::over(ours))
+    command.spawn().unwrap()
 }
 
 #[test]
@@ -127,6 +132,36 @@ fn private_daemon_ends_when_its_client_never_speaks() {
     let (mut child, peer) = private(&place, &[]);
     drop(peer);
     assert_eq!(wait_for(&mut child).code(), Some(0));
+}
+
+#[test]
+fn private_daemon_that_listens_ends_after_its_owner_and_all_clients() {
+    let place = Place::new();
+    let name = format!("@fmalloc-ending-test-{}", std::process::id());
+    let listener = transport::listen_abstract(name.as_ref()).unwrap();
+    let mut owner = Command::new("sleep").arg("100").spawn().unwrap();
+    let owner_pid = owner.id().to_string();
+    let mut child = private_over(&place, &listener, &["--ram", "64M", "--private-owner", &owner_pid]);
+    drop(listener);
+
+    let client = |bytes| {
+        let peer = Peer::over(transport::connect(name.as_ref()).unwrap());
+        peer.hello(Role::Pager);
+        assert_eq!(peer.open(bytes).unwrap().0.budget, bytes);
+        peer
+    };
+    drop(client(8 * MIB));
+    std::thread::sleep(Duration::from_millis(200));
+    let last = client(16 * MIB);
+    owner.kill().unwrap();
+    owner.wait().unwrap();
+    std::thread::sleep(Duration::from_millis(200));
+    assert!(child.try_wait().unwrap().is_none(), "it has ended although a client is left");
+    let another = client(8 * MIB);
+    drop((last, another));
+    assert_eq!(wait_for(&mut child).code(), Some(0));
+    assert_eq!(transport::connect(name.as_ref()).unwrap_err(), nix::errno::Errno::ECONNREFUSED);
+    assert_eq!(std::fs::read_dir(place.path("")).unwrap().count(), 0);
 }
 
 #[test]
