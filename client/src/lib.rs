@@ -44,6 +44,7 @@ mod agent;
 mod connect;
 mod error;
 mod health;
+pub mod heap;
 mod herald;
 mod hook;
 mod link;
