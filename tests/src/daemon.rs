@@ -1,6 +1,8 @@
 //! A real `fmallocd` in a directory of its own, and what `fmallocctl` says about it.
 
 use std::fs::{self, File};
+use std::os::unix::fs::chown;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::time::Duration;
@@ -10,6 +12,7 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 use crate::failing::{self, Plan};
+use crate::process::NOBODY;
 use crate::{PATIENCE, Worker, place, process, wait_until};
 
 /// A running daemon; ends with the value, and its files go with it.
@@ -17,6 +20,7 @@ use crate::{PATIENCE, Worker, place, process, wait_until};
 pub struct Daemon {
     child: Child,
     dir: TempDir,
+    swap_dir: Option<TempDir>,
 }
 
 impl Daemon {
@@ -58,11 +62,18 @@ impl Daemon {
         File::create(dir.path().join("empty.toml")).expect("a configuration file");
         command.arg("--config").arg(dir.path().join("empty.toml"));
         command.arg("--socket").arg(dir.path().join("socket"));
-        command.arg("--swap").arg(dir.path().join("swap"));
+        let swap_dir = place::swap_directory();
+        command.arg("--swap").arg(swap_dir.as_ref().unwrap_or(&dir).path().join("swap"));
         command.args(["--ram", ram, "--swap-size", swap]).args(more);
         command.stdin(Stdio::null()).stdout(log.try_clone().expect("a descriptor")).stderr(log);
+        if place::is_user_mode() {
+            command.uid(NOBODY).gid(NOBODY);
+            for dir in std::iter::once(&dir).chain(&swap_dir) {
+                chown(dir.path(), Some(NOBODY), Some(NOBODY)).expect("a directory of nobody's");
+            }
+        }
         let child = process::end_with_us(&mut command).spawn().expect("a daemon");
-        let mut daemon = Self { child, dir };
+        let mut daemon = Self { child, dir, swap_dir };
         wait_until("the daemon is ready", || {
             let ended = daemon.child.try_wait().expect("a child to wait for");
             assert!(ended.is_none(), "the daemon ended: {ended:?}\n{}", daemon.log());
@@ -75,6 +86,12 @@ impl Daemon {
     #[must_use]
     pub fn dir(&self) -> &Path {
         self.dir.path()
+    }
+
+    /// Its swap file.
+    #[must_use]
+    pub fn swap(&self) -> PathBuf {
+        self.swap_dir.as_ref().unwrap_or(&self.dir).path().join("swap")
     }
 
     /// Its socket.
@@ -98,6 +115,9 @@ impl Daemon {
     /// A client process of this user, not connected yet.
     #[must_use]
     pub fn worker(&self) -> Worker {
+        if place::is_user_mode() {
+            return self.worker_of(NOBODY);
+        }
         Worker::start(self.dir(), &place::binary("fmalloc-worker"), None, &[])
     }
 

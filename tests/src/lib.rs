@@ -6,6 +6,7 @@
 //! - [`failing`]: swap I/O that fails on demand, in the daemon `fmallocd-failing` of this package;
 //! - [`worker`]: client processes, told line by line what to do: the binary `fmalloc-worker` of this package;
 //! - [`pattern`]: the content of pages, such that any wrong byte shows; [`rng`]: random numbers that can be repeated;
+//! - [`twins`]: two pages that a public hash cannot tell apart;
 //! - [`place`]: where binaries and temporary files are, and whether tests can run here at all;
 //! - [`process`]: what the kernel says about a process.
 
@@ -18,6 +19,7 @@ pub mod pattern;
 pub mod place;
 pub mod process;
 pub mod rng;
+pub mod twins;
 pub mod worker;
 
 use std::time::{Duration, Instant};

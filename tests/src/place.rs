@@ -4,10 +4,13 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
+use fmalloc_proto::switches::{DISABLE, Disabled};
 use nix::fcntl::{OFlag, open};
 use nix::sys::stat::Mode;
 use tempfile::TempDir;
 
+/// Says that daemons and clients run without privileges, and without a userfaultfd for system calls.
+pub const USER_MODE: &str = "FMALLOC_TEST_USER_MODE";
 const PREFIX: &str = "fmalloc-test-";
 /// On a disk, and open to every user.
 const TEMPORARY: &str = "/var/tmp";
@@ -45,6 +48,44 @@ fn missing() -> Option<&'static str> {
     open("/dev/userfaultfd", OFlag::O_RDWR | OFlag::O_CLOEXEC, Mode::empty())
         .is_err()
         .then_some("access to /dev/userfaultfd")
+}
+
+/// What FMALLOC_DISABLE switches off for the daemons and clients of this run, as on an older kernel.
+///
+/// # Panics
+/// If it names what nobody knows.
+#[must_use]
+pub fn disabled() -> Disabled {
+    std::env::var(DISABLE).unwrap_or_default().parse().expect("words of FMALLOC_DISABLE")
+}
+
+/// Whether pages can be moved out of regions. What needs that is skipped without it: DMA into regions is not safe then.
+#[must_use]
+pub fn can_move() -> bool {
+    let can = !disabled().move_pages;
+    if !can {
+        eprintln!("skipped: not promised without UFFDIO_MOVE");
+    }
+    can
+}
+
+/// Whether daemons and clients of this run are nobody's, with a userfaultfd that does not serve system calls
+/// (FMALLOC_TEST_USER_MODE).
+#[must_use]
+pub fn is_user_mode() -> bool {
+    std::env::var_os(USER_MODE).is_some()
+}
+
+/// Where swap files are, if not in the daemon's directory (FMALLOC_TEST_SWAP_DIR): in RAM, say, where there is no
+/// O_DIRECT. Removed with the value.
+///
+/// # Panics
+/// If it cannot be made.
+#[must_use]
+pub fn swap_directory() -> Option<TempDir> {
+    let parent = std::env::var_os("FMALLOC_TEST_SWAP_DIR")?;
+    let dir = tempfile::Builder::new().prefix(PREFIX).tempdir_in(parent).expect("a directory for swap");
+    Some(dir)
 }
 
 /// A directory that every user can read, removed with the value. Those of test runs that were killed go as well.

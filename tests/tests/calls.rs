@@ -8,7 +8,7 @@ use std::path::PathBuf;
 
 use fmalloc_tests::process::NOBODY;
 use fmalloc_tests::rng::seed;
-use fmalloc_tests::{Daemon, Worker, process};
+use fmalloc_tests::{Daemon, Worker, place, process};
 
 fn unprivileged() -> Option<(Daemon, Worker, PathBuf)> {
     let daemon = Daemon::start_with("8M", "256M", &["--allow-uid", &NOBODY.to_string()])?;
@@ -40,7 +40,10 @@ fn write_from_and_read_into_swapped_memory_work_for_an_unprivileged_client() {
 }
 
 #[test]
-fn o_direct_beside_evictions_loses_nothing_for_an_unprivileged_client() {
+fn hazard_01_o_direct_beside_evictions_loses_nothing_for_an_unprivileged_client() {
+    if !place::can_move() {
+        return;
+    }
     let Some((daemon, mut worker, dir)) = unprivileged() else { return };
     worker.ask("region a 32M");
     worker.ask("region b 32M");

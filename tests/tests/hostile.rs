@@ -1,48 +1,84 @@
-//! Clients that break the rules: refused or contained, and nobody else notices.
+//! Clients that break the rules, or have bad luck: refused or contained, and nobody else notices. During each case a
+//! well-behaved client's data is checked, and how long it waits for its faults is measured and printed beside what it
+//! was before.
 
+#![allow(clippy::unwrap_used, reason = "a failure here is a failed test")]
+
+use std::fs;
+use std::path::PathBuf;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use fmalloc_tests::daemon::number;
+use fmalloc_tests::process::NOBODY;
 use fmalloc_tests::rng::seed;
-use fmalloc_tests::{Daemon, Worker, process};
+use fmalloc_tests::{Daemon, MIB, Worker, process, wait_until};
 use nix::sys::signal::Signal;
+use serde_json::Value;
 
-/// A daemon, and a client that works all the time and must not be disturbed.
+/// One case at a time, for the sake of what is measured.
+static ALONE: Mutex<()> = Mutex::new(());
+/// How long the well-behaved client is watched before anything happens, and after.
+const QUIET: Duration = Duration::from_millis(700);
+/// A fault that took longer was held up by somebody.
+const STALLED: u64 = 1_000_000;
+
+/// A daemon, and two clients that work all the time and must not be disturbed: one is measured, one rewrites its memory
+/// beside a shadow copy.
 struct Scene {
     daemon: Daemon,
+    measured: Worker,
     bystander: Worker,
     descriptors: usize,
+    quiet: Value,
+    _alone: MutexGuard<'static, ()>,
 }
 
 impl Scene {
     fn new() -> Option<Self> {
-        let daemon = Daemon::start("64M", "512M")?;
+        let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+        let daemon = Daemon::start_with("128M", "512M", &["--allow-uid", &NOBODY.to_string()])?;
         let mut bystander = daemon.client("8M");
         bystander.ask("region a 32M");
-        bystander.ask("start churn churn a 1 2 0");
+        bystander.ask("start churn churn a 1 1 0");
+        let mut measured = daemon.client("8M");
+        measured.ask("region m 24M");
+        measured.ask("fill m 1");
+        measured.ask("start meter meter m 1");
+        std::thread::sleep(QUIET);
+        let quiet = measured.ask("stop meter");
+        measured.ask("start meter meter m 1");
         let descriptors = process::descriptors(daemon.pid());
-        Some(Self { daemon, bystander, descriptors })
+        Some(Self { daemon, measured, bystander, descriptors, quiet, _alone: alone })
     }
 
-    fn hostile(&self, case: &str) -> serde_json::Value {
+    fn hostile(&self, case: &str) -> Value {
         self.daemon.worker().ask(&format!("hostile {case}"))
     }
 
-    /// The bystander has lost nothing, and what hostile clients had is back.
+    /// The well-behaved clients have lost nothing and were not held up, and what the others had is back.
     fn end(mut self) {
+        std::thread::sleep(QUIET);
+        let during = self.measured.ask("stop meter");
+        println!("latency of faults, in µs: quiet {}, beside this {during}", self.quiet);
+        assert!(number(&during, "faults") > 10, "{during}");
+        assert!(number(&during, "max") < STALLED, "somebody held others up: {during}");
         println!("{}", self.bystander.ask("stop churn"));
-        fmalloc_tests::wait_until("only the bystander is left", || self.daemon.status("clients") == 1);
-        assert_eq!(self.daemon.status("swap_claimed_bytes"), 32 << 20);
-        fmalloc_tests::wait_until("descriptors are closed", || {
-            process::descriptors(self.daemon.pid()) == self.descriptors
-        });
+        wait_until("only the well-behaved are left", || self.daemon.status("clients") == 2);
+        assert_eq!(self.daemon.status("swap_claimed_bytes"), 56 * MIB);
+        wait_until("descriptors are closed", || process::descriptors(self.daemon.pid()) == self.descriptors);
         assert!(!self.daemon.log().contains("panicked"), "{}", self.daemon.log());
+        for worker in [&mut self.measured, &mut self.bystander] {
+            assert_eq!((worker.stats("poisoned_pages"), worker.stats("io_errors")), (0, 0));
+        }
+        self.measured.quit();
         self.bystander.quit();
         self.daemon.wait_until_empty();
     }
 }
 
 #[test]
-fn what_is_no_fresh_userfaultfd_is_refused() {
+fn hazard_20_what_is_no_fresh_userfaultfd_is_refused() {
     let Some(scene) = Scene::new() else { return };
     let pipe = scene.hostile("attach-pipe");
     assert_eq!(pipe["code"], "Protocol", "{pipe}");
@@ -52,6 +88,39 @@ fn what_is_no_fresh_userfaultfd_is_refused() {
     let staged = scene.hostile("attach-staged");
     assert_eq!(staged["early"]["code"], "Protocol", "{staged}");
     assert_eq!(staged["twice"]["code"], "Protocol", "{staged}");
+    scene.end();
+}
+
+#[test]
+fn hazard_20_userfaultfd_of_another_process_harms_those_two_only() {
+    let Some(scene) = Scene::new() else { return };
+    println!("{}", scene.hostile("attach-foreign"));
+    scene.end();
+}
+
+#[test]
+fn hazard_20_crowd_of_connections_locks_out_its_own_user_only() {
+    let Some(scene) = Scene::new() else { return };
+    let mut crowd = scene.daemon.worker_of(NOBODY);
+    crowd.tell("hostile crowd 3000");
+    std::thread::sleep(Duration::from_millis(500));
+    let mut late = scene.daemon.client("8M");
+    late.ask("region b 1M");
+    late.ask("fill b 1");
+    late.quit();
+    let held = crowd.answer(fmalloc_tests::PATIENCE).unwrap().unwrap();
+    println!("{held} connections of 3000");
+    drop(crowd);
+    scene.end();
+}
+
+#[test]
+fn hazard_20_regions_past_the_limit_are_refused() {
+    let Some(scene) = Scene::new() else { return };
+    let got = scene.hostile("hoard 5000");
+    println!("{got}");
+    assert_eq!(got["regions"], 4096);
+    assert_eq!(got["refusal"]["code"], "Limit", "{got}");
     scene.end();
 }
 
@@ -89,13 +158,13 @@ fn stopped_client_holds_up_nobody_and_goes_on_afterwards() {
     worker.ask("region a 32M");
     worker.ask("start churn churn a 1 3 0");
     std::thread::sleep(Duration::from_millis(200));
+    let client = worker.client().to_string();
     worker.signal(Signal::SIGSTOP);
-    let client = scene.daemon.json(&["clients"])[1]["client"].to_string();
     let begin = Instant::now();
     let less = scene.daemon.ctl(&["limit", &client, "5M"]);
     assert!(!less.status.success(), "a stopped client gives nothing back");
     assert!(begin.elapsed() < Duration::from_secs(20));
-    assert_eq!(scene.daemon.status("pool_granted_bytes"), 24 << 20, "its budget stays");
+    assert_eq!(scene.daemon.status("pool_granted_bytes"), 32 * MIB, "its budget stays");
     assert!(scene.daemon.client("8M").ask("region b 8M").is_u64(), "others come and go");
     worker.signal(Signal::SIGCONT);
     worker.ask("stop churn");
@@ -103,20 +172,98 @@ fn stopped_client_holds_up_nobody_and_goes_on_afterwards() {
     scene.end();
 }
 
-#[test]
-fn client_that_tampers_with_the_ring_harms_itself_only() {
-    let Some(scene) = Scene::new() else { return };
-    let seed = seed();
-    for n in 0..3 {
-        println!("{} pages", scene.hostile(&format!("tamper {}", seed + n)));
+/// A memory control group, of either version.
+struct Group(PathBuf);
+
+impl Group {
+    fn new(bytes: u64) -> Option<Self> {
+        let name = format!("fmalloc-test-{}", std::process::id());
+        for (root, file) in [
+            ("/sys/fs/cgroup/memory", "memory.limit_in_bytes"),
+            ("/sys/fs/cgroup", "memory.max"),
+            ("/sys/fs/cgroup/unified", "memory.max"),
+        ] {
+            let dir = PathBuf::from(root).join(&name);
+            let made = fs::create_dir(&dir).is_ok();
+            let group = made.then_some(Self(dir));
+            if let Some(group) = group
+                && fs::write(group.0.join(file), bytes.to_string()).is_ok()
+            {
+                return Some(group);
+            }
+        }
+        eprintln!("skipped: no control group with a memory limit can be made here");
+        None
     }
+
+    fn add(&self, worker: &Worker) {
+        fs::write(self.0.join("cgroup.procs"), worker.pid().to_string()).unwrap();
+    }
+}
+
+impl Drop for Group {
+    fn drop(&mut self) {
+        // Empty as soon as its processes are gone for good.
+        for _ in 0..200 {
+            if fs::remove_dir(&self.0).is_ok() {
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+}
+
+#[test]
+fn hazard_16_client_at_the_limit_of_its_control_group_harms_itself_only() {
+    let Some(scene) = Scene::new() else { return };
+    let Some(group) = Group::new(20 * MIB) else { return scene.end() };
+    // With a budget that fits, nothing happens to it.
+    let mut fits = scene.daemon.worker();
+    group.add(&fits);
+    fits.ask("connect 8M");
+    fits.ask("region a 32M");
+    fits.ask("fill a 1 2");
+    fits.ask("verify a 1 2");
+    fits.quit();
+    // With one that does not, what the daemon maps for it is refused, or the kernel ends it.
+    let mut greedy = scene.daemon.worker();
+    group.add(&greedy);
+    greedy.ask("connect 64M");
+    greedy.ask("region a 64M");
+    greedy.tell("fill a 1 2");
+    std::thread::sleep(Duration::from_secs(2));
+    println!("process alive: {}", process::is_alive(greedy.pid()));
+    greedy.kill();
+    scene.end();
+    drop(group);
+}
+
+#[test]
+fn hazard_17_client_that_makes_its_userfaultfd_block_holds_up_nobody() {
+    let Some(scene) = Scene::new() else { return };
+    assert!(scene.hostile("blocking").as_u64() > Some(0));
     scene.end();
 }
 
 #[test]
-fn client_that_makes_its_userfaultfd_block_holds_up_nobody() {
+fn hazard_18_client_that_keeps_its_address_space_busy_holds_up_nobody() {
     let Some(scene) = Scene::new() else { return };
-    assert!(scene.hostile("blocking").as_u64() > Some(0));
+    let mut worker = scene.daemon.client("8M");
+    worker.ask("region a 24M");
+    worker.ask("start churn churn a 1 1 0");
+    println!("{} forks", worker.ask("fork-storm 256 2000"));
+    worker.ask("stop churn");
+    worker.quit();
+    scene.end();
+}
+
+#[test]
+fn hazard_19_client_that_tampers_with_the_ring_harms_itself_only() {
+    let Some(scene) = Scene::new() else { return };
+    let seed = seed();
+    for n in 0..2 {
+        println!("{} pages", scene.hostile(&format!("tamper {}", seed + n)));
+    }
     scene.end();
 }
 
@@ -128,12 +275,12 @@ fn packets_without_sense_are_dropped() {
 }
 
 #[test]
-fn client_that_hangs_up_keeps_its_slots_until_it_ends() {
+fn hazard_03_client_that_hangs_up_keeps_its_slots_until_it_ends() {
     let Some(scene) = Scene::new() else { return };
     let mut worker = scene.daemon.worker();
     worker.ask("hostile abandon");
     std::thread::sleep(Duration::from_millis(300));
-    assert_eq!(scene.daemon.status("clients"), 2, "its memory may still be needed");
+    assert_eq!(scene.daemon.status("clients"), 3, "its memory may still be needed");
     worker.kill();
     scene.end();
 }

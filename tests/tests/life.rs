@@ -66,7 +66,7 @@ fn forks_during_evictions_change_nothing_for_the_parent() {
 }
 
 #[test]
-fn program_that_becomes_another_gives_everything_back_though_the_process_lives() {
+fn hazard_03_program_that_becomes_another_gives_everything_back_though_the_process_lives() {
     let Some((daemon, mut worker)) = filled() else { return };
     let child = worker.ask("fork-pause").as_u64().unwrap();
     worker.tell("exec-sleep");
@@ -93,7 +93,7 @@ fn program_that_becomes_another_user_works_on() {
 }
 
 #[test]
-fn program_that_closes_all_descriptors_it_does_not_know_works_on() {
+fn hazard_03_program_that_closes_all_descriptors_it_does_not_know_works_on() {
     let Some(daemon) = Daemon::start("16M", "128M") else { return };
     let mut worker = daemon.worker();
     let before = process::descriptors(worker.pid());

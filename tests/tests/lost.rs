@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use fmalloc_tests::{Daemon, wait_until};
 
 #[test]
-fn client_of_a_killed_daemon_waits_instead_of_reading_zeros_and_can_be_killed() {
+fn hazard_07_client_of_a_killed_daemon_waits_instead_of_reading_zeros_and_can_be_killed() {
     let Some(mut daemon) = Daemon::start("8M", "64M") else { return };
     let mut worker = daemon.client("8M");
     worker.ask("region a 64M");

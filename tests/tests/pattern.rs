@@ -63,7 +63,7 @@ fn eight_threads_on_eight_times_the_budget_keep_every_byte_within_it() {
 }
 
 #[test]
-fn reading_memory_that_was_never_written_stays_within_the_budget() {
+fn hazard_13_reading_memory_that_was_never_written_stays_within_the_budget() {
     let Some(daemon) = Daemon::start("32M", "256M") else { return };
     let mut worker = daemon.client("32M");
     let baseline = Baseline::of(&daemon, &worker);

@@ -89,7 +89,7 @@ fn private_daemon_ends_when_its_client_exits_or_is_killed() {
 }
 
 #[test]
-fn private_daemon_survives_what_ends_the_thread_that_started_it() {
+fn hazard_12_private_daemon_survives_what_ends_the_thread_that_started_it() {
     let Some(mut private) = Private::new(None) else { return };
     // Every command of a job runs on a thread that ends with it.
     let command = private.command("");
@@ -103,7 +103,7 @@ fn private_daemon_survives_what_ends_the_thread_that_started_it() {
 }
 
 #[test]
-fn private_daemon_of_an_unprivileged_user_is_refused_with_what_would_help() {
+fn hazard_12_private_daemon_of_an_unprivileged_user_is_refused_with_what_would_help() {
     if restricted_userfaultfd_is_off() {
         return;
     }
@@ -118,7 +118,7 @@ fn private_daemon_of_an_unprivileged_user_is_refused_with_what_would_help() {
 }
 
 #[test]
-fn private_daemon_of_an_unprivileged_user_pages_in_user_mode_if_that_is_wanted() {
+fn hazard_12_private_daemon_of_an_unprivileged_user_pages_in_user_mode_if_that_is_wanted() {
     let Some(mut private) = Private::new(Some(NOBODY)) else { return };
     let command = private.command("user-mode-only");
     private.worker.ask(&command);

@@ -257,7 +257,7 @@ fn a_page_named_twice_moves_once() {
 }
 
 #[test]
-fn protected_pages_are_refused_and_their_neighbours_move() {
+fn hazard_11_protected_pages_are_refused_and_their_neighbours_move() {
     let mut bench = Bench::new(16);
     protect(bench.addr(5), libc::PROT_READ);
     protect(bench.addr(9), libc::PROT_NONE);
@@ -280,7 +280,7 @@ fn protected_pages_are_refused_and_their_neighbours_move() {
 }
 
 #[test]
-fn locked_pages_are_refused() {
+fn hazard_11_locked_pages_are_refused() {
     let mut bench = Bench::new(8);
     // SAFETY: the page is the test's.
     assert_eq!(unsafe { libc::mlock(sys::pointer(bench.addr(2)), PAGE_SIZE) }, 0);
@@ -289,7 +289,7 @@ fn locked_pages_are_refused() {
 }
 
 #[test]
-fn pages_shared_with_a_living_child_are_made_exclusive_and_move() {
+fn hazard_01_pages_shared_with_a_living_child_are_made_exclusive_and_move() {
     let mut bench = Bench::new(8);
     let (wait, go) = pipe().unwrap();
     // SAFETY: the child only waits and ends.
@@ -316,7 +316,7 @@ fn pages_shared_with_a_living_child_are_made_exclusive_and_move() {
 }
 
 #[test]
-fn pages_pinned_for_io_stay_and_go_later() {
+fn hazard_01_pages_pinned_for_io_stay_and_go_later() {
     let mut bench = Bench::new(8);
     let mut params = [0_u8; 120];
     // SAFETY: the structure is as large as the kernel's.
@@ -351,7 +351,7 @@ fn pages_pinned_for_io_stay_and_go_later() {
 }
 
 #[test]
-fn memory_that_took_the_place_of_an_unmapped_part_is_left_alone() {
+fn hazard_04_memory_that_took_the_place_of_an_unmapped_part_is_left_alone() {
     let mut bench = Bench::new(8);
     let hole = bench.base.wrapping_add(2 * PAGE_SIZE);
     // SAFETY: the pages are the test's.
@@ -371,7 +371,7 @@ fn memory_that_took_the_place_of_an_unmapped_part_is_left_alone() {
 }
 
 #[test]
-fn pages_stay_while_an_event_about_changed_mappings_is_unread() {
+fn hazard_10_pages_stay_while_an_event_about_changed_mappings_is_unread() {
     let mut bench = Bench::with_features(8, EVENT_REMOVE);
     let addr = bench.addr(7);
     let remover = thread::spawn(move || {
@@ -427,7 +427,7 @@ fn nonsense_from_the_other_side_is_survived() {
 }
 
 #[test]
-fn an_occupied_staging_place_is_never_emptied_and_not_used_again() {
+fn hazard_10_an_occupied_staging_place_is_never_emptied_and_not_used_again() {
     let mut bench = Bench::new(8);
     let taken = bench.mover().place(1, 2);
     bench.mover().occupy(1, 2);

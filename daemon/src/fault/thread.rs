@@ -134,8 +134,8 @@ struct Rows {
     drains: Vec<(u64, Answer<u64>)>,
 }
 
-/// A range that the kernel has registered and that counts as soon as all older events have been read: one of them may
-/// still tell of an unmapping at the same address.
+/// A range to be paged as soon as all older events have been read: one of them may tell of an unmapping at the same
+/// address, without which the range would seem to overlap another.
 struct Registering {
     addr: u64,
     len: u64,
@@ -518,13 +518,8 @@ impl FaultThread {
     fn command(&mut self, command: Command) {
         match command {
             Command::Register { addr, len, commit, label, answer } => {
-                match self.begin_register(addr, len, commit) {
-                    Ok(()) => {
-                        self.rows.registering.push_back(Registering { addr, len, commit, label, answer });
-                        self.unread = true;
-                    }
-                    Err(failure) => drop(answer.send(Err(failure))),
-                }
+                self.rows.registering.push_back(Registering { addr, len, commit, label, answer });
+                self.unread = true;
             }
             Command::Commit { range, answer } => drop(answer.send(self.commit(&range))),
             Command::Decommit { range, answer } => {
@@ -567,31 +562,33 @@ impl FaultThread {
         }
     }
 
-    fn begin_register(&mut self, addr: u64, len: u64, commit: bool) -> Result<(), Failure> {
-        let waiting = self.rows.registering.iter().any(|r| addr < r.addr + r.len && r.addr < addr + len);
-        if waiting || self.pager.regions().overlaps(addr, len) {
-            return Err(overlap());
-        }
-        if commit {
-            self.claim(len / PAGE)?;
-        }
-        self.uffd.register(addr, len).map_err(|error| {
-            if commit {
-                self.swap.unclaim(len / PAGE);
-            }
-            let text = format!("registering {addr:#x}+{len:#x} with userfaultfd failed: {error}; the range must be private anonymous memory of this process");
-            Failure { code: ErrorCode::Invalid, text }
-        })
-    }
-
-    /// Lets registered ranges count once no older event can be about their addresses.
+    /// Registers what waits for that. No older event can be about its addresses any more.
     fn finish_registering(&mut self) {
         for Registering { addr, len, commit, label, answer } in std::mem::take(&mut self.rows.registering) {
-            let result = self.pager.register(addr, len, commit, label).map_err(|error| {
+            let result = self.register(addr, len, commit, label);
+            drop(answer.send(result.map(u32::from)));
+        }
+    }
+
+    fn register(&mut self, addr: u64, len: u64, commit: bool, label: String) -> Result<u16, Failure> {
+        let overlap = || Failure {
+            code: ErrorCode::Invalid,
+            text: "the range overlaps a region that is registered already".to_owned(),
+        };
+        if self.pager.regions().overlaps(addr, len) {
+            return Err(overlap());
+        }
+        let claimed = if commit { len / PAGE } else { 0 };
+        if commit {
+            self.claim(claimed)?;
+        }
+        let registered = self.uffd.register(addr, len).map_err(|error| {
+            let text = format!("registering {addr:#x}+{len:#x} with userfaultfd failed: {error}; the range must be private anonymous memory of this process");
+            Failure { code: ErrorCode::Invalid, text }
+        });
+        let counted = registered.and_then(|()| {
+            self.pager.register(addr, len, commit, label).map_err(|error| {
                 self.uffd.unregister(addr, len);
-                if commit {
-                    self.swap.unclaim(len / PAGE);
-                }
                 match error {
                     RegisterError::Overlap => overlap(),
                     RegisterError::Full => Failure {
@@ -599,9 +596,9 @@ impl FaultThread {
                         text: "no room for the page tables of another region".to_owned(),
                     },
                 }
-            });
-            drop(answer.send(result.map(u32::from)));
-        }
+            })
+        });
+        counted.inspect_err(|_| self.swap.unclaim(claimed))
     }
 
     fn claim(&self, pages: u64) -> Result<(), Failure> {
@@ -671,11 +668,7 @@ impl FaultThread {
         for number in &numbers {
             self.pager.close(*number);
         }
-        for registering in self.rows.registering.drain(..) {
-            if registering.commit {
-                self.swap.unclaim(registering.len / PAGE);
-            }
-        }
+        self.rows.registering.clear();
         self.start_transfers();
         while self.pager.has_io() {
             let mut done = Vec::new();
@@ -707,12 +700,5 @@ impl FaultThread {
                 _ => {}
             }
         }
-    }
-}
-
-fn overlap() -> Failure {
-    Failure {
-        code: ErrorCode::Invalid,
-        text: "the range overlaps a region that is registered already".to_owned(),
     }
 }

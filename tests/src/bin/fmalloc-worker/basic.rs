@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use anyhow::bail;
 use fmalloc_client::{Advice, ConnectOptions, PAGE_SIZE, Pager, PrivateOptions, Region};
+use fmalloc_tests::place;
 use serde_json::{Value, json};
 
 use crate::Outcome;
@@ -14,7 +15,12 @@ use crate::state::{Args, State};
 pub(crate) fn connect(state: &State, args: &mut Args<'_>) -> Outcome {
     let budget = args.optional().map(|text| text.parse::<fmalloc_proto::size::Size>()).transpose()?;
     let name = args.optional().map(str::to_owned);
-    let options = ConnectOptions { budget: budget.map(|size| size.0), name, ..ConnectOptions::default() };
+    let options = ConnectOptions {
+        budget: budget.map(|size| size.0),
+        name,
+        user_mode_only: place::is_user_mode(),
+        ..ConnectOptions::default()
+    };
     let pager = Pager::connect_with(&options)?;
     let granted = pager.budget();
     state.set_pager(Some(pager));

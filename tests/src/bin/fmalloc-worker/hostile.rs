@@ -51,6 +51,9 @@ pub(crate) fn run(args: &mut Args<'_>) -> Outcome {
         "blocking" => blocking(),
         "no-sense" => no_sense(args.number()?),
         "abandon" => abandon(),
+        "attach-foreign" => attach_foreign(),
+        "crowd" => crowd(args.number()?),
+        "hoard" => hoard(args.number()?),
         other => bail!("no case {other:?}"),
     }
 }
@@ -304,6 +307,85 @@ fn abandon() -> Outcome {
     std::mem::forget(uffd);
     drop(peer);
     Ok(Value::Null)
+}
+
+/// Attaches a userfaultfd that is about another process's memory, and has that paged. The other process touches it, and
+/// is killed.
+fn attach_foreign() -> Outcome {
+    let mut peer = Peer::open()?;
+    let device = peer.device.as_ref().context("no device")?.as_raw_fd();
+    let base = map(64, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, None)?;
+    let (ours, theirs) = transport::pair()?;
+    // SAFETY: the child makes system calls and touches its own memory.
+    let child = Errno::result(unsafe { libc::fork() })?;
+    if child == 0 {
+        let flags = libc::O_CLOEXEC | libc::O_NONBLOCK;
+        // SAFETY: as in `Peer::uffd`.
+        let sent = unsafe { raw::new_from_device(device, flags) }
+            .map(|fd| unsafe { OwnedFd::from_raw_fd(fd) })
+            .map(|uffd| transport::send(theirs.as_fd(), &[1], &[uffd.as_fd()]));
+        // The parent says when its memory is registered.
+        let _ = sent.map(|_| transport::recv(theirs.as_fd(), &mut [0; 8]));
+        for page in 0..64 {
+            let place = std::ptr::with_exposed_provenance_mut::<u64>(to_usize(base) + page * PAGE_SIZE);
+            // SAFETY: memory of this process.
+            unsafe { place.write_volatile(1) };
+        }
+        loop {
+            // SAFETY: waits to be killed.
+            unsafe { libc::pause() };
+        }
+    }
+    let (_, mut fds) = transport::recv(ours.as_fd(), &mut [0; 8])?;
+    let uffd = fds.pop().context("no userfaultfd from the child")?;
+    let attached = shown(&peer.attach(uffd.as_fd())?);
+    let registered = peer.register(base, 64 * to_u64(PAGE_SIZE)).map(|reply| shown(&reply));
+    transport::send(ours.as_fd(), &[1], &[])?;
+    thread::sleep(Duration::from_millis(300));
+    // SAFETY: ends our own child and waits for it.
+    unsafe {
+        libc::kill(child, libc::SIGKILL);
+        libc::waitpid(child, std::ptr::null_mut(), 0);
+    }
+    thread::sleep(Duration::from_millis(300));
+    Ok(
+        json!({ "attached": attached, "registered": registered.unwrap_or_else(|error| format!("{error:#}").into()) }),
+    )
+}
+
+/// Holds as many connections as it gets, of those that it asks for, for two seconds. Gives how many were greeted.
+fn crowd(count: usize) -> Outcome {
+    let mut peers = Vec::new();
+    for n in 0..count {
+        let Ok(socket) = connect() else { break };
+        // Every other one says nothing.
+        if n % 2 == 0 && greet(socket.as_fd()).is_err() {
+            continue;
+        }
+        peers.push(socket);
+    }
+    let held = peers.len();
+    thread::sleep(Duration::from_secs(2));
+    Ok(held.into())
+}
+
+/// Registers regions of a page until it is refused or has so many, touches each, and sends all the requests that one may
+/// have outstanding at once. Gives how many it got, and the refusal.
+fn hoard(most: usize) -> Outcome {
+    let (mut peer, _uffd) = Peer::attached()?;
+    let page = to_u64(PAGE_SIZE);
+    let base = map(2 * most, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE, None)?;
+    let (mut count, mut refusal) = (0, Value::Null);
+    while count < most {
+        // With a page between them, so that no two are one mapping to the kernel.
+        let reply = peer.register(base + 2 * page * to_u64(count), page)?;
+        if !matches!(reply, Reply::Registered(_)) {
+            refusal = shown(&reply);
+            break;
+        }
+        count += 1;
+    }
+    Ok(json!({ "regions": count, "refusal": refusal }))
 }
 
 /// Registers fresh memory and writes to it page by page on another thread; gives the count of pages written.

@@ -4,6 +4,7 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a failure here is a failed test")]
 
+mod abuse;
 mod basic;
 mod calls;
 mod content;
@@ -11,6 +12,7 @@ mod endure;
 mod hostile;
 mod life;
 mod mappings;
+mod meter;
 mod pin;
 mod state;
 
@@ -150,6 +152,14 @@ fn run(state: &State, name: &str, args: &mut Args<'_>, stop: &AtomicBool) -> Out
         "children" => life::children(),
         "exec-sleep" => life::exec_sleep(),
         "close-unknown" => life::close_unknown(),
+
+        "meter" => meter::meter(state, args, stop),
+        "usurp" => abuse::usurp(state, args),
+        "slow-discard" => abuse::slow_discard(state, args),
+        "fork-storm" => abuse::fork_storm(args),
+        "hold-stderr" => abuse::hold_stderr(state, args),
+        "twins" => abuse::twins(state, args),
+        "pagers" => abuse::pagers(args),
 
         "hostile" => hostile::run(args),
         _ => bail!("no command {name:?}"),

@@ -46,6 +46,7 @@ pub(crate) fn protect(state: &State, args: &mut Args<'_>) -> Outcome {
         "none" => libc::PROT_NONE,
         "read" => READ,
         "write" => READ_WRITE,
+        "execute" => libc::PROT_READ | libc::PROT_EXEC,
         other => bail!("no access {other:?}"),
     };
     let part = args.part(&memory)?;
