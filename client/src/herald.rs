@@ -7,8 +7,6 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::thread::{self, JoinHandle, Thread};
 
-use crate::hook;
-
 const IDLE: u8 = 0;
 const SPEAK: u8 = 1;
 const LEAVE: u8 = 2;
@@ -75,7 +73,6 @@ impl Voice {
 }
 
 fn listen(order: &AtomicU8) {
-    hook::on_own_thread();
     loop {
         match order.load(Ordering::Acquire) {
             IDLE => thread::park(),

@@ -13,7 +13,6 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use super::evict::Evictor;
 use crate::health::Health;
-use crate::hook;
 use crate::link::Link;
 use crate::sys;
 
@@ -53,7 +52,6 @@ impl Aide {
 }
 
 fn live(link: &Link, mut evictor: Evictor, bells: &(OwnedFd, OwnedFd), stop: &EventFd) {
-    hook::on_own_thread();
     // A panic must not unwind out of here, as in the agent.
     if let Err(panic) = catch_unwind(AssertUnwindSafe(|| serve(&mut evictor, bells, stop))) {
         mem::forget(panic);

@@ -46,7 +46,6 @@ use crate::connect::{self, Route, Wanted};
 use crate::error::Error;
 use crate::health::Health;
 use crate::herald::Voice;
-use crate::hook;
 use crate::link::Link;
 use crate::sys::{self, Uffd};
 
@@ -82,7 +81,6 @@ pub(crate) fn start(link: Arc<Link>, voice: Voice, route: Route, wanted: Wanted)
 
 /// The whole life of the thread.
 fn live(link: Arc<Link>, voice: Voice, route: &Route, wanted: &Wanted, started: &Sender<Result<(), Error>>) {
-    hook::on_own_thread();
     let mut agent = match Agent::connect(link, voice, route, wanted) {
         Ok(agent) => agent,
         Err(error) => {
