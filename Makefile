@@ -15,7 +15,7 @@ setup:
 	@.ci/setup
 
 build: setup
-	cargo build --release --workspace --bins --examples
+	cargo build --release --workspace --lib --bins --examples
 
 demo: build
 	@tests/demo/run.sh
@@ -24,7 +24,7 @@ demo: build
 # helper programs are built first: tests of one package run binaries of another.
 test: setup
 	@[ -w /dev/userfaultfd ] || echo "test: no access to /dev/userfaultfd: tests that need it say so and are skipped (with CI=true they fail)"
-	cargo build --workspace --bins --examples
+	cargo build --workspace --lib --bins --examples
 	@if cargo nextest --version >/dev/null 2>&1; then set -x; cargo nextest run --workspace --all-targets; \
 	else set -x; cargo test --workspace --all-targets; fi
 	cargo test --workspace --doc
