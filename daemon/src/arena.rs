@@ -1,9 +1,10 @@
 //! The arena: a memfd that holds what would be data if it were lost, one per client. Plain old data and offsets, no
-//! pointers, so that it can be mapped elsewhere by a later daemon. At present: the page tables.
+//! pointers, so that it can be mapped elsewhere by a later daemon: the page tables and the warm pool.
 //!
 //! ```text
 //! 0      magic u64 | version u32 | zero u32 | next free byte u64
-//! 4096   blocks, each a multiple of 4096 bytes: page-table directories and chunks (see `pager::table`)
+//! 4096   blocks, each a multiple of 4096 bytes: page-table directories and chunks (see `pager::table`), segments of
+//!        the warm pool (see `pager::warm`)
 //! ```
 //!
 //! The file is sparse and as long as it may ever get; memory is taken by touching it. Freed blocks are zeroed and
@@ -16,6 +17,7 @@ use std::ptr::NonNull;
 
 use fmalloc_proto::num::to_usize;
 use fmalloc_proto::{PAGE, PAGE_SIZE};
+use nix::fcntl::{FallocateFlags, fallocate};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
 use nix::unistd::ftruncate;
@@ -86,6 +88,43 @@ impl Arena {
         }
         self.free.entry(len).or_default().push(offset);
         self.free_bytes += len;
+    }
+
+    /// Gives a block back, and its memory to the system.
+    pub fn release(&mut self, offset: u64, len: u64) {
+        let len = len.next_multiple_of(PAGE);
+        assert!(to_usize(offset + len) <= LEN, "block outside the arena");
+        let mode = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+        let signed = |number: u64| i64::try_from(number).unwrap_or(0);
+        let removed = fallocate(&self.file, mode, signed(offset), signed(len));
+        self.free(offset, len, removed.is_err());
+    }
+
+    /// `len` bytes from `offset` on.
+    #[must_use]
+    pub fn bytes(&self, offset: u64, len: u64) -> &[u8] {
+        let (start, len) = (to_usize(offset), to_usize(len));
+        assert!(start + len <= LEN, "range outside the arena");
+        // SAFETY: inside the mapping, as asserted; only this value's exclusive borrower writes to it.
+        unsafe { std::slice::from_raw_parts(self.base.add(start).as_ptr(), len) }
+    }
+
+    /// The same, to be changed.
+    pub fn bytes_mut(&mut self, offset: u64, len: u64) -> &mut [u8] {
+        let (start, len) = (to_usize(offset), to_usize(len));
+        assert!(start + len <= LEN, "range outside the arena");
+        // SAFETY: as in `bytes`; the exclusive borrow of the arena makes this the only reference.
+        unsafe { std::slice::from_raw_parts_mut(self.base.add(start).as_ptr(), len) }
+    }
+
+    /// Copies `len` bytes within the arena; the ranges do not overlap.
+    pub fn copy(&mut self, from: u64, to: u64, len: u64) {
+        let (from, to, len) = (to_usize(from), to_usize(to), to_usize(len));
+        assert!(from + len <= LEN && to + len <= LEN && (from + len <= to || to + len <= from));
+        // SAFETY: both ranges lie inside the mapping and do not overlap, as asserted.
+        unsafe {
+            std::ptr::copy_nonoverlapping(self.base.add(from).as_ptr(), self.base.add(to).as_ptr(), len)
+        };
     }
 
     /// The `u64` at `offset`, which must be a multiple of 8 within a block.

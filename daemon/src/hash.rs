@@ -1,4 +1,4 @@
-//! What is looked at in a page before it leaves: whether it is all zeros, and a keyed hash that shows later whether it
+//! What is looked at in a page before it leaves: whether it is all zeros or otherwise alike, and a keyed hash that shows later whether it
 //! has changed and whether the swap file gave back what was written.
 //!
 //! The key is secret and made anew for each swap file: without it nobody can build two pages of equal hash, so that no
@@ -43,10 +43,16 @@ impl PageKey {
     }
 }
 
-/// Whether all bytes are zero. Stops at the first that is not, which is near in nearly all other pages.
+/// The eight bytes that a page repeats from start to end, if it does. Stops at the first difference, which is near in
+/// nearly all other pages.
 #[must_use]
-pub fn is_zero(page: &[u8; PAGE_SIZE]) -> bool {
-    page.chunks_exact(64).all(|line| line.iter().fold(0, |all, byte| all | byte) == 0)
+pub fn fill(page: &[u8; PAGE_SIZE]) -> Option<u64> {
+    let (words, _) = page.as_chunks::<8>();
+    let first = u64::from_ne_bytes(*words.first()?);
+    let (lines, _) = words.as_chunks::<8>();
+    let same =
+        |line: &[[u8; 8]; 8]| line.iter().fold(0, |all, word| all | (u64::from_ne_bytes(*word) ^ first)) == 0;
+    lines.iter().all(same).then_some(first)
 }
 
 #[cfg(test)]
@@ -68,13 +74,15 @@ mod tests {
     }
 
     #[test]
-    fn only_zeros_are_zero() {
-        let mut page = [0; PAGE_SIZE];
-        assert!(is_zero(&page));
-        for place in [0, 63, 64, PAGE_SIZE - 1] {
-            page[place] = 1;
-            assert!(!is_zero(&page));
-            page[place] = 0;
+    fn only_what_repeats_throughout_is_a_fill() {
+        for word in [0, 7, u64::MAX] {
+            let mut page: [u8; PAGE_SIZE] = word.to_ne_bytes().repeat(PAGE_SIZE / 8).try_into().unwrap();
+            assert_eq!(fill(&page), Some(word));
+            for place in [0, 63, 64, PAGE_SIZE - 1] {
+                page[place] ^= 1;
+                assert_eq!(fill(&page), None);
+                page[place] ^= 1;
+            }
         }
     }
 }

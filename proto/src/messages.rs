@@ -334,9 +334,9 @@ pub struct ClientStats {
     pub resident_pages: u64,
     /// Highest value of `resident_pages` so far.
     pub peak_resident_pages: u64,
-    /// Bytes that the daemon holds for this client: ring, I/O buffers, page tables. Part of the budget.
+    /// Bytes that the daemon holds for this client: ring, I/O buffers, page tables, packed pages. Part of the budget.
     pub overhead_bytes: u64,
-    /// Pages whose only copy is in the swap file.
+    /// Pages that only the daemon has: in the swap file, or packed in RAM.
     pub swapped_pages: u64,
     /// Slots taken, clean copies of resident pages included.
     pub slots: u64,
@@ -364,10 +364,18 @@ pub struct ClientStats {
     pub pages_out: u64,
     /// Evicted pages that were not written because the slot held the same bytes.
     pub pages_clean: u64,
-    /// Evicted pages that were all zeros.
+    /// Evicted pages that were all zeros, or the same eight bytes throughout.
     pub pages_zero: u64,
     /// Read and write errors of the swap file, and failed checks.
     pub io_errors: u64,
+    /// Of the swapped pages, those that are packed in RAM.
+    pub packed_pages: u64,
+    /// Bytes of RAM that packed pages take; part of `overhead_bytes`.
+    pub packed_bytes: u64,
+    /// Of the faults, those answered by unpacking.
+    pub faults_packed: u64,
+    /// Pages that left the packed pool for the swap file.
+    pub pages_spilled: u64,
 }
 
 /// Body of [`Reply::Status`]: the daemon as a whole. Sizes in bytes.

@@ -225,6 +225,7 @@ impl Report {
             ("pages_clean", stats.pages_clean),
             ("pages_zero", stats.pages_zero),
             ("io_errors", stats.io_errors),
+            ("faults_packed", stats.faults_packed),
         ];
         let mut json = String::from("{\n");
         for (name, value) in fields {

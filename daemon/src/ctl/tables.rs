@@ -66,6 +66,7 @@ pub(super) fn clients(rows: &[ClientRow]) -> String {
         "RESIDENT",
         "DAEMON",
         "SWAPPED",
+        "PACKED",
         "CLAIMED",
         "REGIONS",
         "FAULTS",
@@ -73,7 +74,7 @@ pub(super) fn clients(rows: &[ClientRow]) -> String {
         "OUT",
         "HINDERED BY",
     ];
-    let mut table = table(&headings, &[0, 1, 2, 4, 5, 6, 7, 8, 9, 10, 11, 12]);
+    let mut table = table(&headings, &[0, 1, 2, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13]);
     for row in rows {
         let stats = &row.stats;
         table.add_row([
@@ -85,6 +86,7 @@ pub(super) fn clients(rows: &[ClientRow]) -> String {
             pages(stats.resident_pages),
             Size(stats.overhead_bytes).to_string(),
             pages(stats.swapped_pages),
+            pages(stats.packed_pages),
             pages(stats.claimed_pages),
             row.regions.to_string(),
             stats.faults.to_string(),

@@ -50,6 +50,12 @@ impl Memory {
         unsafe { self.buffer(buffer).cast().as_ref() }
     }
 
+    /// The bytes of a buffer, to be filled; it is the caller's for now, and no transfer uses it.
+    pub fn page_mut(&mut self, buffer: Buffer) -> &mut [u8; PAGE_SIZE] {
+        // SAFETY: a whole page of the mapping; the exclusive borrow makes this the only reference.
+        unsafe { self.buffer(buffer).cast().as_mut() }
+    }
+
     /// [`ZERO_PAGES`] pages that are never written to.
     #[must_use]
     pub fn zeros(&self) -> NonNull<u8> {

@@ -2,6 +2,7 @@
 
 pub mod handle;
 pub mod memory;
+pub mod pack;
 pub mod reactor;
 pub mod remaps;
 pub mod requests;

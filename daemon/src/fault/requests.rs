@@ -12,8 +12,9 @@ use fmalloc_proto::ring::{BatchKind, Layout, PageResult, Ring, STATE_DONE, STATE
 use nix::sys::eventfd::EventFd;
 
 use super::memory::Memory;
+use super::pack::Packer;
 use super::remaps::Remaps;
-use crate::hash::{PageKey, is_zero};
+use crate::hash::{PageKey, fill};
 use crate::pager::page::PageId;
 use crate::pager::{Content, Pager, Store};
 
@@ -32,6 +33,7 @@ pub struct AgentRing {
     agent: EventFd,
     daemon: EventFd,
     asked: Vec<Option<Asked>>,
+    packer: Packer,
 }
 
 impl AgentRing {
@@ -42,7 +44,7 @@ impl AgentRing {
     pub fn new(memfd: &OwnedFd, layout: Layout, agent: EventFd, daemon: EventFd) -> std::io::Result<Self> {
         let ring = Ring::map(memfd.as_fd(), layout)?;
         let asked = (0..layout.batches()).map(|_| None).collect();
-        Ok(Self { ring, agent, daemon, asked })
+        Ok(Self { ring, agent, daemon, asked, packer: Packer::default() })
     }
 
     /// For polling: rung by the agent.
@@ -137,7 +139,7 @@ impl AgentRing {
     }
 
     fn collect_evicted<S: Store>(
-        &self,
+        &mut self,
         batch: u32,
         count: u32,
         pager: &mut Pager<S>,
@@ -175,9 +177,14 @@ impl AgentRing {
                 );
             }
             let bytes = memory.page(buffer);
-            let zero = is_zero(bytes);
-            let content = Content { zero, hash: if zero { 0 } else { key.hash(bytes) } };
-            if !pager.evicted(page, content, buffer) {
+            let fill = fill(bytes);
+            let content = Content { fill, hash: if fill.is_some() { 0 } else { key.hash(bytes) } };
+            let packed = if fill.is_none() && pager.wants_packed(page, content.hash) {
+                self.packer.pack(bytes)
+            } else {
+                None
+            };
+            if !pager.evicted(page, content, packed, buffer) {
                 spare = Some(buffer);
             }
         }

@@ -52,6 +52,10 @@ mirror!(
     pages_clean,
     pages_zero,
     io_errors,
+    packed_pages,
+    packed_bytes,
+    faults_packed,
+    pages_spilled,
 );
 
 /// What hinders a client, if anything.

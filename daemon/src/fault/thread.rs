@@ -17,6 +17,7 @@ use nix::sys::eventfd::EventFd;
 
 use super::handle::{Answer, Command, Handle, Setup};
 use super::memory::{Memory, ZERO_PAGES};
+use super::pack::unpack;
 use super::reactor::{Completion, Io, Psync, Reactor, Ready, Uring, Watched};
 use super::remaps::Remaps;
 use super::requests::AgentRing;
@@ -24,7 +25,7 @@ use super::stats::{Condition, SharedStats};
 use super::trouble::Trouble;
 use super::uffd::{BATCH, ClientUffd, Message};
 use crate::arena::Arena;
-use crate::pager::{Action, Pager, RegisterError, Sizes, Source, Stop, Transfer};
+use crate::pager::{Action, Packed, Pager, RegisterError, Sizes, Source, Stop, Transfer};
 use crate::swap::{ClientSlots, Swap};
 
 /// How long to wait before mapping is tried again after the kernel said EAGAIN and no message explains it: the thread
@@ -389,6 +390,17 @@ impl FaultThread {
                     }
                     self.note(stop);
                     self.pager.mapped(page, pages, done, stop);
+                }
+                Action::Unpack { page, buffer, from } => {
+                    let into = self.memory.page_mut(buffer);
+                    let good = match from {
+                        Packed::Fill(word) => {
+                            into.as_chunks_mut().0.fill(word.to_ne_bytes());
+                            true
+                        }
+                        Packed::Bytes { offset, len } => unpack(self.pager.packed_bytes(offset, len), into),
+                    };
+                    self.pager.unpacked(page, good);
                 }
                 Action::Wake { addr, pages } => self.uffd.wake(addr, pages),
                 Action::Assist { addr } => {

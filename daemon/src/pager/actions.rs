@@ -34,7 +34,10 @@ impl<S: Store> Pager<S> {
 
     fn ready_action(&mut self) -> Option<Action> {
         self.serve_waiting();
-        let mut action = None;
+        let mut action = self.next_unpack();
+        if action.is_some() {
+            return action;
+        }
         // While an event is kept back, what is to be mapped may have been discarded, and its place may be wrong.
         if !self.maps_blocked && !self.held {
             action = self.next_map().or_else(|| self.next_poison());

@@ -5,7 +5,7 @@ use std::ops::Range;
 use fmalloc_proto::PAGE;
 use fmalloc_proto::messages::{Advice, RegionRow};
 
-use super::page::{FRESH, HAS_SLOT, PageId, RETRIED, STUCK, State, WANTED};
+use super::page::{FRESH, HAS_SLOT, PACKED_COPY, PageId, RETRIED, STUCK, State, UNPACK, WANTED};
 use super::regions::{Region, Segment};
 use super::table::{CHUNK_PAGES, Table};
 use super::{Action, MAX_HINTS, Pager, Store};
@@ -126,7 +126,9 @@ impl<S: Store> Pager<S> {
         // The number will be used again.
         let other = |page: &PageId| page.region() != number;
         for queue in [
-            &mut self.fifo,
+            &mut self.probation,
+            &mut self.main,
+            &mut self.unpack_queue,
             &mut self.stuck,
             &mut self.map_queue,
             &mut self.poison_queue,
@@ -305,7 +307,14 @@ impl<S: Store> Pager<S> {
                 let word = self.drop_slot(word);
                 self.set(page, word.with(FRESH));
             }
-            State::Hot | State::Probing | State::Evicting | State::Cold | State::Poisoned | State::Held => {
+            State::Hot
+            | State::Probing
+            | State::Evicting
+            | State::Cold
+            | State::Poisoned
+            | State::Held
+            | State::Warm
+            | State::Filled => {
                 if word.state() == State::Held {
                     self.give_buffer(word.buffer());
                 }
@@ -314,7 +323,10 @@ impl<S: Store> Pager<S> {
                 self.set(page, word.with_state(State::Zero));
             }
             // The transfer owns slot and buffer, and gives them back when it ends.
-            State::Writing => self.set(page, word.without(HAS_SLOT | RETRIED).with_state(State::Zero)),
+            State::Writing => {
+                let word = word.without(HAS_SLOT | RETRIED | PACKED_COPY | UNPACK);
+                self.set(page, word.with_state(State::Zero));
+            }
             State::Fetching => self.settle_zero(page, word.without(HAS_SLOT | RETRIED)),
             State::Mapping => {
                 let word = self.drop_source(word);

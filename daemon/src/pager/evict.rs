@@ -7,7 +7,9 @@ use std::ops::Range;
 
 use fmalloc_proto::ring::{BatchKind, PageResult};
 
-use super::page::{Buffer, FRESH, FROM_BUFFER, HAS_SLOT, PENDING_SLOT, PageId, QUEUED, STUCK, State, WANTED};
+use super::page::{
+    Buffer, FRESH, FROM_BUFFER, HAS_SLOT, PACKED_COPY, PENDING_SLOT, PageId, QUEUED, STUCK, State, WANTED,
+};
 use super::table::CHUNK_PAGES;
 use super::{
     Action, DISCARD_GRACE_MS, Discarded, Drain, Pager, QUEUE_SLACK, STUCK_RETRY_MS, Store, Transfer,
@@ -19,8 +21,8 @@ use super::{
 pub struct Content {
     /// Keyed hash of its bytes.
     pub hash: u64,
-    /// All bytes are zero.
-    pub zero: bool,
+    /// These eight bytes again and again are all that it holds.
+    pub fill: Option<u64>,
 }
 
 impl<S: Store> Pager<S> {
@@ -30,6 +32,7 @@ impl<S: Store> Pager<S> {
             self.retry_stuck();
         }
         while self.plan_protect() || self.plan_probe() || self.plan_eviction() {}
+        self.plan_warm();
     }
 
     /// Whether pages that could not be evicted shall be tried again.
@@ -115,8 +118,11 @@ impl<S: Store> Pager<S> {
         }
         self.batches[batch].pages = pages;
         if deficit > 0 && most > 0 {
-            // Nothing to be evicted: what is held for readers that may come must not starve others.
+            // Nothing to be evicted: what is held for readers that may come, or packed, must not starve others.
             while self.release_tripwire() {}
+            if self.evicting == 0 && self.is_starved() {
+                self.set_warm_pages(0);
+            }
         }
         self.end_drains();
         false
@@ -190,7 +196,7 @@ impl<S: Store> Pager<S> {
 
     fn pick_fifo(&mut self, want: usize, pages: &mut Vec<PageId>) {
         while pages.len() < want {
-            let Some(page) = self.fifo.pop_front() else { return };
+            let Some(page) = self.next_hot() else { return };
             let word = self.word(page).without(QUEUED);
             // What was discarded comes back when it is known to be there; what has gone does not.
             let ready = word.state() == State::Hot && !word.has(FRESH) && self.regions.place(page).is_some();
@@ -198,6 +204,15 @@ impl<S: Store> Pager<S> {
             if ready {
                 pages.push(page);
             }
+        }
+    }
+
+    /// The hot page to go next: one on probation while those are more than their share, which is an eighth.
+    fn next_hot(&mut self) -> Option<PageId> {
+        if self.probation.len() as u64 * 8 >= self.used {
+            self.probation.pop_front().or_else(|| self.main.pop_front())
+        } else {
+            self.main.pop_front().or_else(|| self.probation.pop_front())
         }
     }
 
@@ -286,40 +301,52 @@ impl<S: Store> Pager<S> {
         self.write_buffers.give(buffer);
     }
 
-    /// The agent has moved `page` out; its bytes are in `buffer`. Says whether the buffer is kept.
-    pub fn evicted(&mut self, page: PageId, content: Content, buffer: Buffer) -> bool {
+    /// The agent has moved `page` out; its bytes are in `buffer`, and packed if [`Pager::wants_packed`] said so. Says
+    /// whether the buffer is kept.
+    pub fn evicted(&mut self, page: PageId, content: Content, packed: Option<&[u8]>, buffer: Buffer) -> bool {
         self.leave_agent(page);
         let word = self.word(page).without(STUCK);
         if word.state() != State::Evicting {
             return false; // unmapped meanwhile
         }
         self.evictions += 1;
+        if let Some(pages) = self.split.evicted(self.budget_pages()) {
+            self.set_warm_pages(pages);
+        }
         let wanted = word.has(WANTED);
         let word = word.without(PENDING_SLOT); // a write in flight gives its slot back itself
         let discarded = word.has(FRESH);
-        if content.zero || discarded {
+        if content.fill == Some(0) || discarded {
             self.stats.pages_zero += u64::from(!discarded);
             let word = self.drop_slot(word);
             self.settle_zero(page, word);
             return false;
         }
-        if word.has(HAS_SLOT) && self.slot_hash(page) == content.hash {
-            self.stats.pages_clean += 1;
-            if wanted {
-                self.map_from(page, word, buffer);
-            } else {
-                self.set(page, word.with_state(State::Cold));
-            }
-            return wanted;
+        if let Some(bytes) = content.fill.filter(|_| !wanted) {
+            self.stats.pages_zero += 1;
+            let word = self.drop_slot(word);
+            self.set(page, word.with_state(State::Filled));
+            self.set_aux(page, bytes);
+            return false;
         }
-        let word = self.drop_slot(word);
+        let same = word.has_any(HAS_SLOT | PACKED_COPY) && self.slot_hash(page) == content.hash;
+        let word = if same { word } else { self.drop_slot(word) };
         self.set_hash(page, content.hash);
         if wanted {
             self.map_from(page, word, buffer);
-        } else {
-            self.set(page, word.with_state(State::Writing).with_buffer(buffer));
-            self.dirty.push_back((page, buffer));
+            return true;
         }
+        self.stats.pages_clean += u64::from(same);
+        if self.admit(page, word, packed, same) {
+            return false;
+        }
+        self.set_aux(page, self.stamp_now().into());
+        if word.has(HAS_SLOT) {
+            self.set(page, word.with_state(State::Cold));
+            return false;
+        }
+        self.set(page, word.with_state(State::Writing).with_buffer(buffer));
+        self.dirty.push_back((page, buffer));
         true
     }
 

@@ -3,7 +3,7 @@
 use fmalloc_proto::PAGE;
 use fmalloc_proto::messages::Advice;
 
-use super::page::{FRESH, FROM_BUFFER, HAS_SLOT, PENDING_SLOT, PageId, STUCK, State, WANTED};
+use super::page::{FRESH, FROM_BUFFER, HAS_SLOT, MAIN, PENDING_SLOT, PageId, STUCK, State, WANTED};
 use super::table::CHUNK_FRAMES;
 use super::{Action, MAX_UNKNOWN, Pager, Store};
 
@@ -97,7 +97,7 @@ impl<S: Store> Pager<S> {
         }
         let word = self.word(page);
         match word.state() {
-            State::Zero | State::Cold | State::Writing => self.bring(page),
+            State::Zero | State::Cold | State::Writing | State::Warm | State::Filled => self.bring(page),
             State::Hot => {
                 let removed = self.regions.get(page.region()).is_some_and(|region| region.removed);
                 if removed {
@@ -110,7 +110,7 @@ impl<S: Store> Pager<S> {
             }
             State::Evicting => {
                 self.stats.faults_rescued += u64::from(!word.has(WANTED));
-                self.set(page, word.with(WANTED));
+                self.set(page, word.with(WANTED | MAIN));
             }
             State::Mapping | State::Probing => self.set(page, word.with(WANTED)),
             State::Fetching => {
@@ -130,7 +130,7 @@ impl<S: Store> Pager<S> {
     }
 
     /// Starts to bring in a page that is not there, or lets it wait for a frame or a buffer.
-    fn bring(&mut self, page: PageId) {
+    pub(super) fn bring(&mut self, page: PageId) {
         let word = self.word(page);
         if word.has(WANTED) {
             return; // waits already
@@ -150,7 +150,10 @@ impl<S: Store> Pager<S> {
     /// Lets waiting faults go on as far as frames and buffers allow.
     pub(super) fn serve_waiting(&mut self) {
         while let Some(&page) = self.waiting.front() {
-            let waits = matches!(self.word(page).state(), State::Zero | State::Cold | State::Writing);
+            let waits = matches!(
+                self.word(page).state(),
+                State::Zero | State::Cold | State::Writing | State::Warm | State::Filled
+            );
             if waits && self.regions.place(page).is_some() && !self.try_bring(page) {
                 return;
             }
@@ -192,6 +195,7 @@ impl<S: Store> Pager<S> {
             State::Writing => {
                 self.stats.faults_rescued += 1;
                 self.share_buffer(word.buffer());
+                let word = self.came_back(page, word, true);
                 let mut word = word.with_state(State::Mapping).with(WANTED | FROM_BUFFER);
                 if word.has(HAS_SLOT) {
                     word = word.without(HAS_SLOT).with(PENDING_SLOT);
@@ -205,6 +209,14 @@ impl<S: Store> Pager<S> {
                     return false;
                 }
                 self.stats.faults_read += 1;
+                self.read_ahead(page);
+                true
+            }
+            State::Warm | State::Filled => {
+                if !self.unpack_one(page) {
+                    return false;
+                }
+                self.stats.faults_packed += 1;
                 self.read_ahead(page);
                 true
             }
@@ -243,7 +255,7 @@ impl<S: Store> Pager<S> {
 
     fn map_zeros(&mut self, page: PageId, flags: u64) {
         let word = self.word(page);
-        self.set(page, word.with_state(State::Mapping).without(FROM_BUFFER).with(flags));
+        self.set(page, word.with_state(State::Mapping).without(FROM_BUFFER | MAIN).with(flags));
         self.map_queue.push_back(page);
     }
 }

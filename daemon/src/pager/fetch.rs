@@ -60,7 +60,11 @@ impl<S: Store> Pager<S> {
         let mut hold = hold;
         while index < end {
             let page = PageId::new(first.region(), index);
-            if self.word(page).state() != State::Cold {
+            let state = self.word(page).state();
+            let packed = matches!(state, State::Warm | State::Filled);
+            if state != State::Cold && (hold || !packed) {
+                // A packed page costs nobody a wait: it is held back by being left alone.
+                hold &= !packed;
                 index = self.next_present(page).min(end);
                 continue;
             }
@@ -68,7 +72,11 @@ impl<S: Store> Pager<S> {
             let spare = self.free_frames().saturating_sub(self.low_water() / 2);
             let buffers = self.read_buffers.free().saturating_sub(self.read_buffers.len() / 4);
             let want = (end - index).min(spare).min(buffers as u64).min(READ_MAX);
-            let fetched = if want == 0 { 0 } else { self.fetch_run(page, want, 0, hold) };
+            let fetched = match want {
+                0 => 0,
+                _ if packed => self.unpack_run(page, want, 0),
+                _ => self.fetch_run(page, want, 0, hold),
+            };
             if fetched == 0 {
                 break;
             }
@@ -93,7 +101,8 @@ impl<S: Store> Pager<S> {
         for n in 0..count {
             let page = first.plus(n as u64);
             let into = buffer + Buffer::try_from(n).unwrap_or(0);
-            let word = self.word(page).with_state(State::Fetching).with_buffer(into).without(RETRIED);
+            let word = self.came_back(page, self.word(page), flags & WANTED != 0);
+            let word = word.with_state(State::Fetching).with_buffer(into).without(RETRIED);
             self.set(page, word.with(flags));
             self.ops[op as usize].pages.push(page);
         }

@@ -2,8 +2,9 @@
 //! ended, discards, budgets, the time), actions come out. No system call, no clock, no thread.
 //!
 //! At every instant one place owns a page's bytes (see [`page::State`]); the owner changes only when the next one
-//! holds them. Files: `faults` answers faults, `fetch` reads, `evict` picks pages and writes them out, `changes`
-//! follows what the program does to its address space, `actions` hands out work and takes its results.
+//! holds them. Files: `faults` answers faults, `fetch` reads, `evict` picks pages and writes them out, `pool` packs some
+//! of them into RAM (`warm`), for which `split` finds how much of the budget that deserves, `changes` follows what the
+//! program does to its address space, `actions` hands out work and takes its results.
 //!
 //! Rules that callers keep, because correctness rests on them:
 //! - what was read is fed before anything else is done, in the order in which it was read. Where an event (discard, unmap,
@@ -26,16 +27,20 @@ mod fetch;
 #[cfg(test)]
 mod model;
 pub mod page;
+mod pool;
 pub mod ranges;
 pub mod regions;
+mod split;
 pub mod streams;
 pub mod table;
 #[cfg(test)]
 mod tests;
+mod warm;
 
 pub use actions::Stop;
 pub use changes::RegisterError;
 pub use evict::Content;
+pub use pool::WORTH_PACKING;
 
 use std::collections::VecDeque;
 
@@ -47,9 +52,15 @@ use fmalloc_proto::ring::{BatchKind, Layout};
 use crate::arena::Arena;
 use buffers::Buffers;
 use changes::Change;
-use page::{Buffer, FROM_BUFFER, HAS_SLOT, PENDING_SLOT, PageId, QUEUED, STUCK, Slot, State, WANTED, Word};
+use page::{
+    Buffer, FROM_BUFFER, HAS_SLOT, MAIN, PACKED_COPY, PENDING_SLOT, PageId, QUEUED, STUCK, Slot, State,
+    UNPACK, WANTED, Word,
+};
+use pool::Emptying;
 use regions::Regions;
+use split::Split;
 use streams::Streams;
+use warm::{Place, Warm};
 
 /// Milliseconds for which a page that was discarded while present is left alone: the discarding thread is let go by the
 /// kernel before it empties the page, and may be anywhere between the two for a while.
@@ -84,9 +95,32 @@ pub enum Source {
     Buffer(Buffer),
 }
 
+/// What a buffer is to be filled with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Packed {
+    /// These eight bytes, again and again.
+    Fill(u64),
+    /// What [`Pager::packed_bytes`] gives unpacks to.
+    Bytes {
+        /// Offset in the arena.
+        offset: u64,
+        /// Length.
+        len: u64,
+    },
+}
+
 /// What the shell shall do.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Action {
+    /// Fill the buffer with the page's bytes, and answer with [`Pager::unpacked`].
+    Unpack {
+        /// The page.
+        page: PageId,
+        /// Its buffer.
+        buffer: Buffer,
+        /// From what.
+        from: Packed,
+    },
     /// Map `pages` pages from `addr` on, and answer with [`Pager::mapped`].
     Map {
         /// First page.
@@ -233,7 +267,17 @@ pub struct Pager<S> {
     /// Pages with a frame.
     used: u64,
     table_bytes: u64,
-    fifo: VecDeque<PageId>,
+    /// Hot pages that are new, or come back after a long time: the first to go.
+    probation: VecDeque<PageId>,
+    /// Hot pages that have come back soon after an eviction.
+    main: VecDeque<PageId>,
+    warm: Warm,
+    /// Segments that the warm pool may have.
+    warm_limit: u64,
+    split: Split,
+    emptying: Option<Emptying>,
+    /// Pages whose buffers are to be filled from packed copies.
+    unpack_queue: VecDeque<PageId>,
     stuck: VecDeque<PageId>,
     stuck_retry_at: u64,
     /// To be probed: at once if frames are short, else when the grace is over. Oldest first.
@@ -311,7 +355,13 @@ impl<S: Store> Pager<S> {
             sizes,
             used: 0,
             table_bytes: 0,
-            fifo: VecDeque::new(),
+            probation: VecDeque::new(),
+            main: VecDeque::new(),
+            warm: Warm::default(),
+            warm_limit: 0,
+            split: Split::default(),
+            emptying: None,
+            unpack_queue: VecDeque::new(),
             stuck: VecDeque::new(),
             stuck_retry_at: 0,
             discarded: VecDeque::new(),
@@ -357,7 +407,7 @@ impl<S: Store> Pager<S> {
         self.now = self.now.max(now);
     }
 
-    /// Frames that the client may have: its budget less ring, buffers and page tables.
+    /// Frames that the client may have: its budget less ring, buffers, page tables and warm pool.
     #[must_use]
     pub fn frames(&self) -> u64 {
         self.sizes.budget.saturating_sub(self.overhead()) / PAGE
@@ -366,7 +416,7 @@ impl<S: Store> Pager<S> {
     /// Bytes that the daemon holds for this client.
     #[must_use]
     pub fn overhead(&self) -> u64 {
-        self.sizes.overhead() + self.table_bytes
+        self.sizes.overhead() + self.table_bytes + self.warm.bytes()
     }
 
     /// Frames that are free.
@@ -385,6 +435,7 @@ impl<S: Store> Pager<S> {
     /// Changes the budget. The client gets within it as fast as its agent moves pages out.
     pub fn set_budget(&mut self, bytes: u64) {
         self.sizes.budget = bytes;
+        self.set_warm_pages(self.warm_limit.saturating_mul(warm::SEGMENT_FRAMES));
     }
 
     /// Whether the client holds no more frames than it may.
@@ -441,6 +492,8 @@ impl<S: Store> Pager<S> {
             budget_bytes: self.sizes.budget,
             resident_pages: self.used,
             overhead_bytes: self.overhead(),
+            packed_pages: self.warm.live_pages(),
+            packed_bytes: self.warm.bytes(),
             ..self.stats
         }
     }
@@ -463,6 +516,17 @@ impl<S: Store> Pager<S> {
         self.regions.get(page.region()).map_or(0, |r| r.table.hash(&self.arena, page.index()))
     }
 
+    /// The page's third word.
+    fn aux(&self, page: PageId) -> u64 {
+        self.regions.get(page.region()).map_or(0, |r| r.table.aux(&self.arena, page.index()))
+    }
+
+    fn set_aux(&mut self, page: PageId, aux: u64) {
+        if let Some(region) = self.regions.get_mut(page.region()) {
+            region.table.set_aux(&mut self.arena, page.index(), aux);
+        }
+    }
+
     /// Writes a page's word and keeps the counts. All changes of state go through here.
     fn set(&mut self, page: PageId, new: Word) {
         let Some(region) = self.regions.get_mut(page.region()) else { return };
@@ -479,6 +543,10 @@ impl<S: Store> Pager<S> {
         self.table_bytes += region.table.bytes() - bytes;
         let (before, after) = (old.state(), new.state());
         if before != after {
+            if before == State::Warm || after == State::Warm {
+                let place = Place::from_word(region.table.aux(&self.arena, page.index()));
+                self.warm.set_live(place, after == State::Warm);
+            }
             count(&mut self.used, before.has_frame(), after.has_frame());
             count(&mut region.resident, before.has_frame(), after.has_frame());
             count(&mut region.swapped, before.is_swapped(), after.is_swapped());
@@ -495,18 +563,19 @@ impl<S: Store> Pager<S> {
         count(&mut self.stats.slots, old.has(HAS_SLOT), new.has(HAS_SLOT));
     }
 
-    /// Puts a hot page at the end of the FIFO, unless it stands there already.
+    /// Puts a hot page at the end of its queue, unless it stands in one already.
     fn enqueue(&mut self, page: PageId) {
         let word = self.word(page);
         if word.has(QUEUED) {
             return;
         }
         self.set(page, word.with(QUEUED));
-        self.fifo.push_back(page);
+        let queue = if word.has(MAIN) { &mut self.main } else { &mut self.probation };
+        queue.push_back(page);
         // Pages leave by discards too: sweep now and then, so that the queue stays in proportion.
-        if self.fifo.len() as u64 > 2 * self.used + QUEUE_SLACK {
-            let mut fifo = std::mem::take(&mut self.fifo);
-            fifo.retain(|page| {
+        if queue.len() as u64 > 2 * self.used + QUEUE_SLACK {
+            let mut queue = std::mem::take(queue);
+            queue.retain(|page| {
                 let word = self.word(*page);
                 let stays = word.state().has_frame();
                 if !stays {
@@ -514,16 +583,17 @@ impl<S: Store> Pager<S> {
                 }
                 stays
             });
-            self.fifo = fifo;
+            if word.has(MAIN) { self.main = queue } else { self.probation = queue }
         }
     }
 
-    /// Gives back the slot that a word names, if it owns one. A slot whose write is in flight belongs to the write.
+    /// Gives back the slot that a word names, if it owns one, and forgets the packed copy: what they hold is not the
+    /// page's content any more. A slot whose write is in flight belongs to the write.
     fn drop_slot(&mut self, word: Word) -> Word {
         if let Some(slot) = word.slot() {
             self.store.give(slot);
         }
-        word.without(HAS_SLOT | PENDING_SLOT)
+        word.without(HAS_SLOT | PENDING_SLOT | PACKED_COPY | UNPACK)
     }
 
     /// Takes the mapping's use of a buffer back.

@@ -22,8 +22,8 @@ use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use fmalloc_proto::PAGE;
 use fmalloc_proto::ring::Layout;
 
-use super::page::{Buffer, PageId, QUEUED, STUCK, State, WANTED};
-use super::{Action, Pager, Sizes, Source};
+use super::page::{Buffer, PageId, QUEUED, STUCK, State, UNPACK, WANTED};
+use super::{Action, Packed, Pager, Sizes, Source};
 use crate::arena::Arena;
 use crate::pager::actions::Stop;
 use agent::Agent;
@@ -61,6 +61,9 @@ impl Pager<TestStore> {
             (!self.drains.is_empty(), "drains"),
             (!self.stuck.is_empty() && self.free_frames() < self.low_water(), "stuck pages"),
             (!self.protect.is_empty(), "pages to be protected"),
+            (self.emptying.is_some(), "a segment to be emptied"),
+            (self.warm_limit == 0 && self.warm.segments() > 0, "a pool without a share"),
+            (!self.unpack_queue.is_empty(), "pages to be unpacked"),
         ];
         waits.iter().find(|(waits, _)| *waits).map(|(_, what)| *what)
     }
@@ -121,7 +124,7 @@ impl Sim {
         let max_pages = rng.range(100, 2500);
         let disk = TestStore::new(max_pages, rng.range(0, 30), Rng::new(seed ^ 77));
         let mut sizes = Sizes { budget: 0, ring: layout, read_buffers, write_buffers };
-        sizes.budget = sizes.overhead() + (frames.1 + 20) * PAGE;
+        sizes.budget = sizes.overhead() + (frames.1 + 30) * PAGE;
         let pager = Pager::new(disk.clone(), Arena::new().unwrap(), sizes);
         let threads = (0..rng.range(1, 6)).map(|_| Thread::new()).collect();
         let mut sim = Self {
@@ -259,6 +262,21 @@ impl Sim {
                     assert!(done < pages || stop.is_none());
                     self.pager.mapped(page, pages, done, stop);
                     self.unclaim();
+                }
+                Action::Unpack { page, buffer, from } => {
+                    let token = match from {
+                        Packed::Fill(token) => token,
+                        Packed::Bytes { offset, len } => {
+                            let bytes = self.pager.packed_bytes(offset, len);
+                            Token::from_le_bytes(bytes[..8].try_into().unwrap())
+                        }
+                    };
+                    self.buffers[usize::from(buffer)] = token;
+                    let bad = self.errors && self.rng.one_in(200);
+                    if bad && let Some(id) = self.names.get(&page) {
+                        self.kernel.cells[*id].errors += 2;
+                    }
+                    self.pager.unpacked(page, !bad);
                 }
                 Action::Wake { addr, pages } => self.wake(addr / PAGE, pages),
                 Action::Assist { addr } => self.assists.push(addr / PAGE),
@@ -428,8 +446,13 @@ impl Sim {
             98 if self.rng.one_in(6) => {
                 let frames = self.rng.range(self.frames.0, self.frames.1);
                 self.log(|| format!("budget: {frames} frames"));
-                self.pager.set_budget(self.pager.sizes.overhead() + (frames + 20) * PAGE);
+                self.pager.set_budget(self.pager.sizes.overhead() + (frames + 30) * PAGE);
                 return true;
+            }
+            98 if self.rng.one_in(3) => {
+                let segments = self.rng.below(self.frames.1 / 4);
+                self.log(|| format!("warm pool: {segments} segments"));
+                self.pager.warm_limit = segments;
             }
             99 if self.rng.one_in(6) => {
                 let token = self.tick();
@@ -518,14 +541,14 @@ impl Sim {
         let tasks: Vec<_> =
             self.threads.iter().map(|thread| &thread.task).filter(|t| !matches!(t, Task::Idle)).collect();
         panic!(
-            "no end: waits for {:?}, tasks {tasks:x?}, io {:?}, agent {:?}, drains {:?}, used {} of {}, fifo {}, {:?}",
+            "no end: waits for {:?}, tasks {tasks:x?}, io {:?}, agent {:?}, drains {:?}, used {} of {}, queues {}, {:?}",
             self.pager.next_wait(),
             self.io,
             self.agent,
             self.drains,
             self.pager.used,
             self.pager.frames(),
-            self.pager.fifo.len(),
+            self.pager.probation.len() + self.pager.main.len(),
             self.pager.stats(),
         );
     }
@@ -557,8 +580,18 @@ impl Sim {
                     assert!(self.disk.0.borrow().slots[slot as usize].taken, "slot {slot} is not taken");
                 }
                 assert!(!word.has(WANTED), "{page:?} is wanted, but nobody waits: {word:?}");
-                assert!(!word.has(QUEUED) || pager.fifo.contains(&page), "{page:?} is not queued: {word:?}");
-                let settled = [State::Zero, State::Hot, State::Cold, State::Held, State::Poisoned];
+                let queued = pager.probation.contains(&page) || pager.main.contains(&page);
+                assert!(!word.has(QUEUED) || queued, "{page:?} is not queued: {word:?}");
+                assert!(!word.has(UNPACK), "{page:?} is to be unpacked: {word:?}");
+                let settled = [
+                    State::Zero,
+                    State::Hot,
+                    State::Cold,
+                    State::Held,
+                    State::Poisoned,
+                    State::Warm,
+                    State::Filled,
+                ];
                 assert!(settled.contains(&word.state()), "{page:?} is {word:?}");
                 if word.state() == State::Hot {
                     assert!(word.has(QUEUED) || word.has(STUCK), "{page:?} can never be evicted: {word:?}");
@@ -610,6 +643,7 @@ impl Sim {
         assert_eq!(pager.read_buffers.free(), pager.read_buffers.len(), "read buffers leaked");
         assert_eq!(pager.write_buffers.free(), pager.write_buffers.len(), "write buffers leaked");
         assert_eq!(pager.table_bytes, 0, "page tables leaked");
+        assert_eq!(pager.warm.live_pages(), 0, "packed pages leaked");
         assert!(!pager.has_io());
     }
 
@@ -629,8 +663,8 @@ impl Sim {
     }
 }
 
-/// Runs one seed. Gives the number of steps.
-fn run_seed(seed: u64, tracing: bool) -> u64 {
+/// Runs one seed. Gives the number of steps, of faults answered by unpacking, and of pages spilled.
+fn run_seed(seed: u64, tracing: bool) -> (u64, u64, u64) {
     let steps = 200 << (seed % 7);
     let mut sim = Sim::new(seed, tracing);
     let result = catch_unwind(AssertUnwindSafe(|| sim.run(steps)));
@@ -653,7 +687,8 @@ fn run_seed(seed: u64, tracing: bool) -> u64 {
         );
         resume_unwind(panic);
     }
-    sim.steps
+    let stats = sim.pager.stats();
+    (sim.steps, stats.faults_packed, stats.pages_spilled)
 }
 
 #[test]
@@ -665,6 +700,11 @@ fn random_histories_keep_every_byte() {
     }
     let rounds = number("FMALLOC_MODEL_ROUNDS").unwrap_or(2000);
     let first = number("FMALLOC_MODEL_FIRST").unwrap_or(0);
-    let steps: u64 = (first..first + rounds).map(|seed| run_seed(seed, false)).sum();
-    println!("{rounds} histories, {steps} steps");
+    let (mut steps, mut unpacked, mut spilled) = (0, 0, 0);
+    for seed in first..first + rounds {
+        let (s, u, p) = run_seed(seed, false);
+        (steps, unpacked, spilled) = (steps + s, unpacked + u, spilled + p);
+    }
+    println!("{rounds} histories, {steps} steps, {unpacked} pages unpacked for faults, {spilled} spilled");
+    assert!(rounds < 500 || (unpacked > 1000 && spilled > 1000), "the warm pool was hardly used");
 }

@@ -1,8 +1,11 @@
-//! A page's name and the two words that the page table keeps about it.
+//! A page's name and the three words that the page table keeps about it.
 //!
 //! ```text
 //! word   bits 0–3 state | 4–15 flags | 16–31 buffer | 32–63 slot
-//! hash   keyed hash of the bytes in the slot
+//! hash   keyed hash of the bytes in the slot, and of the packed copy
+//! aux    flag PACKED_COPY: place of the packed copy in the warm pool (see `pager::warm`)
+//!        else, state Filled, or Mapping with UNPACK: the eight bytes that fill the page
+//!        else, state Cold: when it was evicted, as the number of evictions before
 //! ```
 
 use std::fmt;
@@ -32,6 +35,18 @@ impl PageId {
     #[must_use]
     pub fn index(self) -> u64 {
         self.0 & ((1 << Self::INDEX_BITS) - 1)
+    }
+
+    /// The name as one word, for the warm pool.
+    #[must_use]
+    pub fn to_word(self) -> u64 {
+        self.0
+    }
+
+    /// The name that [`PageId::to_word`] gave.
+    #[must_use]
+    pub fn from_word(word: u64) -> Self {
+        Self(word)
     }
 
     /// The page `n` places further on in the same region.
@@ -76,10 +91,14 @@ pub enum State {
     Poisoned = 8,
     /// The client's memory, if it is still there: the agent is asked after a discard.
     Probing = 9,
+    /// The packed copy in the warm pool.
+    Warm = 10,
+    /// The table: eight bytes, again and again.
+    Filled = 11,
 }
 
 impl State {
-    const ALL: [Self; 10] = [
+    const ALL: [Self; 12] = [
         Self::Zero,
         Self::Hot,
         Self::Evicting,
@@ -90,6 +109,8 @@ impl State {
         Self::Mapping,
         Self::Poisoned,
         Self::Probing,
+        Self::Warm,
+        Self::Filled,
     ];
 
     /// Whether a page in this state has a frame, or one set aside for it.
@@ -101,14 +122,14 @@ impl State {
         )
     }
 
-    /// Whether the swap file (or a buffer on the way to it) holds the only copy.
+    /// Whether the page has content that only the daemon holds: in the swap file, on the way to it, or packed.
     #[must_use]
     pub fn is_swapped(self) -> bool {
-        matches!(self, Self::Writing | Self::Cold | Self::Fetching | Self::Held)
+        matches!(self, Self::Writing | Self::Cold | Self::Fetching | Self::Held | Self::Warm | Self::Filled)
     }
 }
 
-/// The first word of a page's entry.
+/// The first word of a page's entry in the table.
 #[derive(Clone, Copy, PartialEq, Eq, Default)]
 pub struct Word(pub u64);
 
@@ -128,6 +149,13 @@ pub const PENDING_SLOT: u64 = 1 << 9;
 pub const FROM_BUFFER: u64 = 1 << 10;
 /// A read of it has failed once; another failure poisons it.
 pub const RETRIED: u64 = 1 << 11;
+/// The third word names a valid packed copy. In a state other than `Warm` it is one that nobody needs: the pool drops it
+/// when it wants the room.
+pub const PACKED_COPY: u64 = 1 << 12;
+/// The buffer is not filled yet: the bytes are to be unpacked into it (`Mapping` and `Writing`).
+pub const UNPACK: u64 = 1 << 13;
+/// Has come back soon after an eviction: belongs into the main queue.
+pub const MAIN: u64 = 1 << 14;
 
 impl Word {
     /// The state.
@@ -147,6 +175,12 @@ impl Word {
     #[must_use]
     pub fn has(self, flags: u64) -> bool {
         self.0 & flags == flags
+    }
+
+    /// Whether any of `flags` is set.
+    #[must_use]
+    pub fn has_any(self, flags: u64) -> bool {
+        self.0 & flags != 0
     }
 
     /// The same with `flags` set.
@@ -205,6 +239,9 @@ impl fmt::Debug for Word {
             (PENDING_SLOT, "pending"),
             (FROM_BUFFER, "buffer"),
             (RETRIED, "retried"),
+            (PACKED_COPY, "packed"),
+            (UNPACK, "unpack"),
+            (MAIN, "main"),
         ];
         write!(f, "{:?}", self.state())?;
         for (_, name) in names.iter().filter(|(flag, _)| self.has(*flag)) {

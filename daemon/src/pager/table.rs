@@ -3,7 +3,7 @@
 //!
 //! ```text
 //! directory   one u64 per 512 pages: offset of the chunk in the arena, 0 = none (all pages `Zero`)
-//! chunk       512 entries of two words (see `pager::page`): 8 KiB for 2 MiB of memory, 16 bytes a page
+//! chunk       512 entries of three words (see `pager::page`): 12 KiB for 2 MiB of memory, 24 bytes a page
 //! ```
 
 use fmalloc_proto::PAGE;
@@ -13,7 +13,7 @@ use crate::arena::Arena;
 
 /// Pages that one chunk describes.
 pub const CHUNK_PAGES: u64 = 512;
-const ENTRY: u64 = 16;
+const ENTRY: u64 = 24;
 const CHUNK_LEN: u64 = CHUNK_PAGES * ENTRY;
 /// Frames that a new chunk may cost: its own, and one of the directory.
 pub const CHUNK_FRAMES: u64 = CHUNK_LEN / PAGE + 1;
@@ -100,6 +100,21 @@ impl Table {
     pub fn set_hash(&mut self, arena: &mut Arena, index: u64, hash: u64) {
         if let Some(entry) = self.entry_or_new(arena, index) {
             *arena.word_mut(entry + 8) = hash;
+        }
+    }
+
+    /// The third word of page `index`; what it means depends on its state and flags.
+    #[must_use]
+    #[inline]
+    pub fn aux(&self, arena: &Arena, index: u64) -> u64 {
+        self.entry(arena, index).map_or(0, |entry| arena.word(entry + 16))
+    }
+
+    /// Sets the third word of page `index`, before the word that gives it a meaning.
+    #[inline]
+    pub fn set_aux(&mut self, arena: &mut Arena, index: u64, aux: u64) {
+        if let Some(entry) = self.entry_or_new(arena, index) {
+            *arena.word_mut(entry + 16) = aux;
         }
     }
 

@@ -5,7 +5,7 @@ use fmalloc_proto::messages::Advice;
 use fmalloc_proto::ring::{BatchKind, Layout, PageResult};
 
 use super::page::{Buffer, PageId, Slot, State};
-use super::{Action, Content, Pager, Sizes, Source, Stop, Store, Transfer};
+use super::{Action, Content, Packed, Pager, Sizes, Source, Stop, Store, Transfer, warm};
 use crate::arena::Arena;
 
 const BASE: u64 = 0x10_0000;
@@ -39,6 +39,8 @@ struct Bench {
     /// First page and number of pages of each map.
     maps: Vec<(u64, u64, Source)>,
     actions: Vec<Action>,
+    /// Page, and the first eight bytes from which it was unpacked.
+    unpacked: Vec<(u64, u64)>,
 }
 
 impl Bench {
@@ -46,10 +48,10 @@ impl Bench {
         let ring = Layout::new(2, BATCH).unwrap();
         let mut sizes = Sizes { budget: 0, ring, read_buffers: 128, write_buffers: 32 };
         // Page tables take a little too.
-        sizes.budget = sizes.overhead() + (frames + 3 * pages.div_ceil(512)) * PAGE;
+        sizes.budget = sizes.overhead() + (frames + 4 * pages.div_ceil(512)) * PAGE;
         let mut pager = Pager::new(Endless::default(), Arena::new().unwrap(), sizes);
         assert_eq!(pager.register(BASE, pages * PAGE, true, String::new()), Ok(0));
-        Self { pager, maps: Vec::new(), actions: Vec::new() }
+        Self { pager, maps: Vec::new(), actions: Vec::new(), unpacked: Vec::new() }
     }
 
     fn run(&mut self) {
@@ -57,6 +59,10 @@ impl Bench {
             if let Action::Map { page, pages, source, .. } = action {
                 self.maps.push((page.index(), pages, source));
                 self.pager.mapped(page, pages, pages, None);
+            } else if let Action::Unpack { page, from: Packed::Bytes { offset, len }, .. } = action {
+                let bytes = self.pager.packed_bytes(offset, len);
+                self.unpacked.push((page.index(), u64::from_le_bytes(bytes[..8].try_into().unwrap())));
+                self.pager.unpacked(page, true);
             } else {
                 self.actions.push(action);
             }
@@ -93,7 +99,8 @@ impl Bench {
         for page in self.pager.batch_pages(batch).to_vec() {
             let buffer = self.pager.take_write_buffer().unwrap();
             let hash = content(page.index());
-            if !self.pager.evicted(page, Content { hash, zero: hash == 0 }, buffer) {
+            let content = Content { hash, fill: (hash == 0).then_some(0) };
+            if !self.pager.evicted(page, content, None, buffer) {
                 self.pager.give_write_buffer(buffer);
             }
         }
@@ -117,6 +124,22 @@ impl Bench {
                 self.end_writes();
             }
         }
+    }
+
+    /// Evicts one hot page with these bytes; gives its state then.
+    fn evict_packed(&mut self, index: u64, hash: u64, packed: Option<&[u8]>) -> State {
+        self.pager.drain(u64::MAX, Some((0, index..index + 1)), 1);
+        self.run();
+        for (batch, _) in self.asked() {
+            let buffer = self.pager.take_write_buffer().unwrap();
+            let page = PageId::new(0, index);
+            if !self.pager.evicted(page, Content { hash, fill: None }, packed, buffer) {
+                self.pager.give_write_buffer(buffer);
+            }
+            self.pager.batch_ended(batch);
+        }
+        self.run();
+        self.state(index)
     }
 
     fn transfers(&mut self, write: bool) -> Vec<Transfer> {
@@ -283,11 +306,90 @@ fn pages_leave_in_the_order_in_which_they_came() {
     let order = [700, 3, 1500, 42, 0, 900, 77, 5];
     order.iter().for_each(|index| drop(bench.fault(*index)));
     assert_eq!(bench.evict(3, |index| index + 1), [700, 3, 1500]);
-    // What comes back stands at the end.
+    // What comes back soon is worth more than what is new.
     bench.fault(3);
     bench.end_reads();
     bench.fault(1000);
-    assert_eq!(bench.evict(100, |index| index + 1), [42, 0, 900, 77, 5, 3, 1000]);
+    assert_eq!(bench.evict(100, |index| index + 1), [42, 0, 900, 77, 5, 1000, 3]);
+}
+
+#[test]
+fn pages_in_use_survive_a_scan() {
+    let mut bench = Bench::new(256, 4096);
+    bench.pager.advise(0, 0..4096, Advice::Random);
+    let answer = |bench: &mut Bench| {
+        for (batch, _) in bench.asked() {
+            bench.answer(batch, |index| index + 1);
+        }
+        bench.end_writes();
+        bench.end_reads();
+    };
+    // A working set that has been evicted once and came back, then many pages that are touched once.
+    for round in 0..2 {
+        (0..64).for_each(|index| drop(bench.fault(index)));
+        answer(&mut bench);
+        if round == 0 {
+            assert_eq!(bench.evict(64, |index| index + 1).len(), 64);
+        }
+    }
+    for index in 100..2000 {
+        bench.fault(index);
+        answer(&mut bench);
+    }
+    assert!((0..64).all(|index| bench.state(index) == State::Hot));
+}
+
+#[test]
+fn packed_pages_come_back_without_the_swap_file_and_leave_it_when_the_pool_shrinks() {
+    let mut bench = Bench::new(1024, 1024);
+    bench.pager.advise(0, 0..1024, Advice::Random);
+    bench.pager.warm_limit = 400_000 / warm::SEGMENT;
+    (0..200).for_each(|index| drop(bench.fault(index)));
+    bench.pager.drain(u64::MAX, None, 200);
+    bench.run();
+    loop {
+        let asked = bench.asked();
+        if asked.is_empty() {
+            break;
+        }
+        for (batch, _) in asked {
+            for page in bench.pager.batch_pages(batch).to_vec() {
+                let buffer = bench.pager.take_write_buffer().unwrap();
+                let hash = page.index() + 1;
+                assert!(bench.pager.wants_packed(page, hash));
+                let packed = hash.to_le_bytes().repeat(200);
+                assert!(!bench.pager.evicted(page, Content { hash, fill: None }, Some(&packed), buffer));
+                bench.pager.give_write_buffer(buffer);
+            }
+            bench.pager.batch_ended(batch);
+            bench.run();
+        }
+    }
+    assert!((0..200).all(|index| bench.state(index) == State::Warm));
+    let stats = bench.pager.stats();
+    assert_eq!(
+        (stats.packed_pages, stats.swapped_pages, stats.resident_pages, stats.slots),
+        (200, 200, 0, 0)
+    );
+    assert!(stats.packed_bytes >= 200 * 1600 && stats.packed_bytes < 200 * 2000, "{stats:?}");
+    bench.fault(7);
+    assert_eq!((bench.state(7), bench.unpacked.clone()), (State::Hot, vec![(7, 8)]));
+    assert_eq!(bench.pager.stats().faults_packed, 1);
+    // Evicted again and unchanged, the copy still serves: nothing is packed anew.
+    assert_eq!(bench.evict_packed(7, 8, None), State::Warm);
+    bench.fault(7);
+    assert_eq!(bench.evict_packed(7, 9, Some(&[9; 400])), State::Warm);
+    // Without a share, all of it goes to the swap file.
+    bench.pager.set_warm_pages(0);
+    bench.run();
+    while bench.end_writes() > 0 {}
+    let left: Vec<_> = (0..200)
+        .map(|index| (index, bench.state(index)))
+        .filter(|(_, state)| *state != State::Cold)
+        .collect();
+    assert!(left.is_empty(), "{left:?}, {:?} {:?}", bench.pager.emptying, bench.actions);
+    let stats = bench.pager.stats();
+    assert_eq!((stats.packed_pages, stats.packed_bytes, stats.slots), (0, 0, 200));
 }
 
 #[test]

@@ -74,6 +74,10 @@ fn stats(s: &mut impl Source) -> ClientStats {
         pages_clean: s.next(),
         pages_zero: s.next(),
         io_errors: s.next(),
+        packed_pages: s.next(),
+        packed_bytes: s.next(),
+        faults_packed: s.next(),
+        pages_spilled: s.next(),
     }
 }
 

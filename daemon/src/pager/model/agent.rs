@@ -172,7 +172,14 @@ impl Sim {
                 (BatchKind::Evict, PageResult::Moved) => {
                     let buffer = self.pager.take_write_buffer().expect("a free write buffer");
                     self.buffers[usize::from(buffer)] = token;
-                    if !self.pager.evicted(page, Content { hash: token, zero: token == 0 }, buffer) {
+                    let fill = (token == 0 || token.is_multiple_of(11)).then_some(token);
+                    let packed = self.pager.wants_packed(page, token).then(|| {
+                        let mut bytes = token.to_le_bytes().to_vec();
+                        bytes.resize(self.rng.index(4000) + 8, 0);
+                        bytes
+                    });
+                    let content = Content { hash: token, fill };
+                    if !self.pager.evicted(page, content, packed.as_deref(), buffer) {
                         self.pager.give_write_buffer(buffer);
                     }
                 }

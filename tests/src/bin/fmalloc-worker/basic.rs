@@ -70,6 +70,10 @@ pub(crate) fn stats(state: &State) -> Outcome {
         "pages_clean": stats.pages_clean,
         "pages_zero": stats.pages_zero,
         "io_errors": stats.io_errors,
+        "packed_pages": stats.packed_pages,
+        "packed_bytes": stats.packed_bytes,
+        "faults_packed": stats.faults_packed,
+        "pages_spilled": stats.pages_spilled,
     }))
 }
 
