@@ -56,6 +56,7 @@ mirror!(
     packed_bytes,
     faults_packed,
     pages_spilled,
+    peak_held_bytes,
 );
 
 /// What hinders a client, if anything.

@@ -556,6 +556,7 @@ impl<S: Store> Pager<S> {
             count(&mut self.stats.poisoned_pages, lost(before), lost(after));
             count(&mut self.evicting, before == State::Evicting, after == State::Evicting);
             self.stats.peak_resident_pages = self.stats.peak_resident_pages.max(self.used);
+            self.stats.peak_held_bytes = self.stats.peak_held_bytes.max(self.used * PAGE + self.overhead());
         }
         let awaited = |word: Word| word.state() == State::Fetching && word.has(WANTED);
         count(&mut self.awaited, awaited(old), awaited(new));

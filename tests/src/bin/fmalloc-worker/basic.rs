@@ -74,6 +74,7 @@ pub(crate) fn stats(state: &State) -> Outcome {
         "packed_bytes": stats.packed_bytes,
         "faults_packed": stats.faults_packed,
         "pages_spilled": stats.pages_spilled,
+        "peak_held_bytes": stats.peak_held_bytes,
     }))
 }
 
