@@ -376,6 +376,8 @@ pub struct ClientStats {
     pub faults_packed: u64,
     /// Pages that left the packed pool for the swap file.
     pub pages_spilled: u64,
+    /// Of the pages read ahead, those of streams that broke off before they came to them, at most.
+    pub pages_readahead_unused: u64,
     /// Highest value so far of resident memory and `overhead_bytes` together, in bytes.
     pub peak_held_bytes: u64,
 }

@@ -56,6 +56,7 @@ mirror!(
     packed_bytes,
     faults_packed,
     pages_spilled,
+    pages_readahead_unused,
     peak_held_bytes,
 );
 

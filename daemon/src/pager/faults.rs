@@ -228,8 +228,9 @@ impl<S: Store> Pager<S> {
     fn fill(&mut self, page: PageId) {
         let (number, index) = (page.region(), page.index());
         let limit = FILL_MAX.min(self.frames() / 16);
-        let window = self.streams.advance(number, index).map(|stream| {
+        let window = self.streams.advance(number, index).filter(|stream| stream.step == 1).map(|stream| {
             let window = stream.grow(limit);
+            stream.fills = true;
             stream.end = stream.end.max(index + window);
             window
         });

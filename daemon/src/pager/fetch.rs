@@ -30,25 +30,57 @@ impl<S: Store> Pager<S> {
             return;
         }
         let max = (self.read_buffers.len() as u64 / 4).min(self.frames() / 16).max(1);
+        let max = self.streams.widest(max);
         let Some(stream) = self.streams.advance(page.region(), index) else { return };
-        let (mut end, mut window) = (stream.end, stream.window);
+        let (mut end, mut window, step) = (stream.end, stream.window, stream.step);
         if advice == Advice::Sequential && window == 0 {
             window = max / 4;
         }
+        let mut ahead = stream.ahead();
         // When the reader comes to the last window the next one is due, so that it is in flight while he is at this one.
-        while end <= index + 1 + window {
+        while ahead <= window {
             window = (window * 2).clamp(8.min(max), max);
-            let first_is_next = end == index + 1;
-            let asked = self.window(PageId::new(page.region(), end), window, !first_is_next);
-            end += asked;
+            let first = PageId::new(page.region(), end);
+            let asked = match step {
+                1 => self.window(first, window, ahead > 0),
+                _ => self.stepped_window(first, step, window, ahead > 0),
+            };
+            self.streams.asked(asked);
+            let steps = i64::try_from(asked).unwrap_or(0);
+            end = end.saturating_add_signed(steps * step);
+            ahead += asked;
             if asked < window {
                 break;
             }
         }
-        if let Some(stream) = self.streams.last(page.region(), index) {
-            stream.end = end;
-            stream.window = window;
+        if let Some(stream) = self.streams.last(page.region()) {
+            (stream.end, stream.window, stream.fills) = (end, window, false);
         }
+    }
+
+    /// [`Pager::window`] for streams that go backward, or leave pages out.
+    fn stepped_window(&mut self, first: PageId, step: i64, want: u64, hold: bool) -> u64 {
+        let exists = |page: &PageId| self.regions.place(*page).is_some();
+        let page = |n: u64| {
+            let index = first.index().checked_add_signed(i64::try_from(n).ok()?.checked_mul(step)?)?;
+            Some(PageId::new(first.region(), index)).filter(exists)
+        };
+        let pages = (0..want).map_while(page).count() as u64;
+        if pages == 0 {
+            return 0;
+        }
+        self.window(first, 1, hold);
+        if step == -1 {
+            // In one piece, and from front to back as it lies in the swap file.
+            let lowest = PageId::new(first.region(), first.index() + 1 - pages);
+            self.window(lowest, pages - 1, false);
+        } else {
+            for n in 1..i64::try_from(pages).unwrap_or(0) {
+                let index = first.index().saturating_add_signed(n * step);
+                self.window(PageId::new(first.region(), index), 1, false);
+            }
+        }
+        pages
     }
 
     /// Reads the cold ones of up to `want` pages; the first of them is held back if `hold` says so. Gives how many

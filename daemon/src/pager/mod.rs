@@ -494,6 +494,7 @@ impl<S: Store> Pager<S> {
             overhead_bytes: self.overhead(),
             packed_pages: self.warm.live_pages(),
             packed_bytes: self.warm.bytes(),
+            pages_readahead_unused: self.streams.unused(),
             ..self.stats
         }
     }

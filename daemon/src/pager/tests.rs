@@ -340,6 +340,28 @@ fn pages_in_use_survive_a_scan() {
 }
 
 #[test]
+fn backward_and_strided_readers_are_read_ahead_for() {
+    for (step, start) in [(-1, 900_u64), (3, 10), (-7, 900)] {
+        let mut bench = Bench::new(2048, 1024);
+        bench.pager.advise(0, 0..1024, Advice::Random);
+        (0..1000).for_each(|index| drop(bench.fault(index)));
+        bench.evict(2000, |index| index + 1);
+        bench.pager.advise(0, 0..1024, Advice::Normal);
+        let mut waits = 0;
+        for n in 0..100 {
+            let index = start.checked_add_signed(n * step).unwrap();
+            if bench.state(index) != State::Hot {
+                waits += u32::from(bench.state(index) == State::Cold);
+                bench.fault(index);
+                while !bench.end_reads().is_empty() {}
+            }
+            assert_eq!(bench.state(index), State::Hot);
+        }
+        assert!(waits <= 4, "step {step}: waited {waits} times");
+    }
+}
+
+#[test]
 fn packed_pages_come_back_without_the_swap_file_and_leave_it_when_the_pool_shrinks() {
     let mut bench = Bench::new(1024, 1024);
     bench.pager.advise(0, 0..1024, Advice::Random);

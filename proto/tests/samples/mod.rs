@@ -78,6 +78,7 @@ fn stats(s: &mut impl Source) -> ClientStats {
         packed_bytes: s.next(),
         faults_packed: s.next(),
         pages_spilled: s.next(),
+        pages_readahead_unused: s.next(),
         peak_held_bytes: s.next(),
     }
 }
