@@ -59,7 +59,8 @@ pub fn request(request: &Request) -> Result<(), Invalid> {
         | Request::Status(_)
         | Request::Clients(_)
         | Request::Regions(_)
-        | Request::Evict(_) => Ok(()),
+        | Request::Evict(_)
+        | Request::Latency(_) => Ok(()),
     }
 }
 

@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use std::rc::Rc;
 
 use fmalloc_proto::PAGE;
-use fmalloc_proto::messages::{Budget, ClientRow, ClientStats, ErrorCode, Failure, Reply};
+use fmalloc_proto::messages::{Budget, ClientRow, ClientStats, ErrorCode, Failure, LatencyList, Reply};
 use fmalloc_proto::size::Size;
 use tokio::sync::{Mutex, oneshot};
 
@@ -86,6 +86,11 @@ impl Client {
             Some(handle) => handle.stats.snapshot(),
             None => ClientStats { budget_bytes: self.grant.bytes(), ..ClientStats::default() },
         }
+    }
+
+    pub(crate) fn latency(&self) -> LatencyList {
+        let handle = self.handle.borrow();
+        LatencyList { rows: handle.as_ref().map(|handle| handle.stats.latency.rows()).unwrap_or_default() }
     }
 
     /// Has memory under paging, or is about to.

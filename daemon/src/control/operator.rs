@@ -50,6 +50,9 @@ fn dispatch(daemon: &Rc<Daemon>, peer: &Peer, request: Request) -> Result<Pendin
         Request::Regions(query) => regions(daemon, peer, query),
         Request::Limit(limit) => start_limit(daemon, peer, limit),
         Request::Evict(evict) => start_evict(daemon, peer, evict),
+        Request::Latency(which) => {
+            find(daemon, peer, which.client).map(|client| now(Reply::Latency(client.latency())))
+        }
         _ => return Err("this is a control connection; a paging client needs one of its own"),
     };
     Ok(result.unwrap_or_else(|failure| now(Reply::Error(failure))))

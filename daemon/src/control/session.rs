@@ -390,7 +390,8 @@ fn dispatch(daemon: &Rc<Daemon>, client: &Rc<Client>, request: Request) -> Resul
         | Request::Clients(_)
         | Request::Regions(_)
         | Request::Limit(_)
-        | Request::Evict(_) => return Err("requests of fmallocctl need a connection of their own"),
+        | Request::Evict(_)
+        | Request::Latency(_) => return Err("requests of fmallocctl need a connection of their own"),
     })
 }
 

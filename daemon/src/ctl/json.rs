@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::io::{self, Write};
 
 use fmalloc_proto::PAGE;
-use fmalloc_proto::messages::{ClientRow, RegionRow, Status as StatusMessage};
+use fmalloc_proto::messages::{ClientRow, LatencyRow, RegionRow, Status as StatusMessage};
 use serde::Serialize;
 
 /// Declares what a command prints.
@@ -118,6 +118,19 @@ object! {
 }
 
 object! {
+    /// A row of `fmallocctl --json latency`.
+    Latency, "latency: an array of objects, one for each step" {
+        step: String = "what was timed",
+        samples: u64 = "how often",
+        p50_ns: u64 = "half of them took no longer, in nanoseconds",
+        p90_ns: u64 = "the same for 90 of 100",
+        p99_ns: u64 = "the same for 99 of 100",
+        p999_ns: u64 = "the same for 999 of 1000",
+        max_ns: u64 = "the longest",
+    }
+}
+
+object! {
     /// Printed by `fmallocctl --json doctor`.
     Doctor, "doctor: an object" {
         usable: bool = "fmalloc can run here, by one way at least",
@@ -146,9 +159,16 @@ object! {
 #[must_use]
 pub fn fields_help() -> String {
     let mut out = "Fields of --json, sizes in bytes:\n".to_owned();
-    for help in
-        [Status::help, Client::help, Region::help, Limit::help, Evict::help, Doctor::help, Check::help]
-    {
+    for help in [
+        Status::help,
+        Client::help,
+        Region::help,
+        Limit::help,
+        Evict::help,
+        Latency::help,
+        Doctor::help,
+        Check::help,
+    ] {
         help(&mut out);
     }
     out.truncate(out.trim_end().len());
@@ -183,6 +203,20 @@ impl From<&StatusMessage> for Status {
             clients: status.clients,
             regions: status.regions,
             draining: status.draining,
+        }
+    }
+}
+
+impl From<&LatencyRow> for Latency {
+    fn from(row: &LatencyRow) -> Self {
+        Self {
+            step: row.step.clone(),
+            samples: row.samples,
+            p50_ns: row.p50_ns,
+            p90_ns: row.p90_ns,
+            p99_ns: row.p99_ns,
+            p999_ns: row.p999_ns,
+            max_ns: row.max_ns,
         }
     }
 }

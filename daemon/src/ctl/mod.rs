@@ -17,7 +17,7 @@ use std::str::FromStr;
 use clap::{Parser, Subcommand};
 use fmalloc_proto::limits::MIN_BUDGET;
 use fmalloc_proto::messages::{
-    Budget, ClientRow, Empty, Evict, Failure, Limit, Page, RegionRow, RegionsQuery, Reply, Request,
+    Budget, ClientId, ClientRow, Empty, Evict, Failure, Limit, Page, RegionRow, RegionsQuery, Reply, Request,
 };
 use fmalloc_proto::size::Size;
 use thiserror::Error;
@@ -82,6 +82,11 @@ enum Command {
         target: Target,
         /// At most so much, such as 64M
         size: Option<Size>,
+    },
+    /// Where the time of a client's page faults goes, step by step
+    Latency {
+        /// Number of the client
+        client: u64,
     },
     /// Try whether fmalloc can run here, and say what would mend it if not
     Doctor(doctor::Options),
@@ -184,6 +189,13 @@ fn execute(cli: &Cli) -> Result<(), CtlError> {
                 writeln!(out, "{}", tables::regions(&rows))
             }
         }
+        Command::Latency { client } => match link.ask(&Request::Latency(ClientId { client }))? {
+            Reply::Latency(list) if cli.json => {
+                json::print(&mut out, &list.rows.iter().map(json::Latency::from).collect::<Vec<_>>())
+            }
+            Reply::Latency(list) => writeln!(out, "{}", tables::latency(&list.rows)),
+            other => return Err(unexpected(&other)),
+        },
         Command::Limit { client, size } => {
             match link.ask_patiently(&Request::Limit(Limit { client, bytes: size.0 }))? {
                 Reply::Budget(Budget { bytes }) if cli.json => {

@@ -2,7 +2,7 @@
 
 use comfy_table::{CellAlignment, Table, presets};
 use fmalloc_proto::PAGE;
-use fmalloc_proto::messages::{ClientRow, RegionRow, Status};
+use fmalloc_proto::messages::{ClientRow, LatencyRow, RegionRow, Status};
 use fmalloc_proto::size::Size;
 
 fn pages(count: u64) -> String {
@@ -111,6 +111,27 @@ fn hindrance(row: &ClientRow) -> String {
     add(stats.poisoned_pages, "pages lost");
     add(stats.io_errors, "I/O errors");
     text
+}
+
+pub(super) fn latency(rows: &[LatencyRow]) -> String {
+    let headings = ["STEP", "SAMPLES", "P50", "P90", "P99", "P99.9", "LONGEST"];
+    let mut table = table(&headings, &[1, 2, 3, 4, 5, 6]);
+    for row in rows {
+        table.add_row([
+            row.step.clone(),
+            row.samples.to_string(),
+            micros(row.p50_ns),
+            micros(row.p90_ns),
+            micros(row.p99_ns),
+            micros(row.p999_ns),
+            micros(row.max_ns),
+        ]);
+    }
+    table.trim_fmt()
+}
+
+fn micros(nanos: u64) -> String {
+    format!("{}.{} µs", nanos / 1000, nanos / 100 % 10)
 }
 
 pub(super) fn regions(rows: &[RegionRow]) -> String {

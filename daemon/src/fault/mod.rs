@@ -1,8 +1,11 @@
 //! The fault threads: one per client process, each with its own reactor, so that no client can delay another.
 
 pub mod handle;
+pub mod latency;
 pub mod memory;
 pub mod pack;
+pub mod placement;
+pub mod processor;
 pub mod reactor;
 pub mod remaps;
 pub mod requests;

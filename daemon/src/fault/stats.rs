@@ -4,6 +4,8 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
 use fmalloc_proto::messages::ClientStats;
 
+use super::latency::Latency;
+
 /// Declares the shared mirror of [`ClientStats`] so that no field is forgotten.
 macro_rules! mirror {
     ($($field:ident),* $(,)?) => {
@@ -14,6 +16,8 @@ macro_rules! mirror {
             regions: AtomicU32,
             condition: AtomicU32,
             ended: AtomicBool,
+            /// Where the time goes.
+            pub latency: Latency,
         }
 
         impl SharedStats {

@@ -16,8 +16,11 @@ use fmalloc_proto::ring::Layout;
 use nix::sys::eventfd::EventFd;
 
 use super::handle::{Answer, Command, Handle, Setup};
+use super::latency::{Sampler, Step};
 use super::memory::{Memory, ZERO_PAGES};
 use super::pack::unpack;
+use super::placement::{IDLE, Placement, SPIN};
+use super::processor::Processor;
 use super::reactor::{Completion, Io, Psync, Reactor, Ready, Uring, Watched};
 use super::remaps::Remaps;
 use super::requests::AgentRing;
@@ -114,6 +117,10 @@ pub fn spawn(setup: Setup) -> anyhow::Result<Handle> {
             stopping: false,
             retry_after: None,
             next_token: 0,
+            sampler: Sampler::default(),
+            placement: Placement::default(),
+            processor: Processor::default(),
+            woken: Instant::now(),
             trouble: Trouble::default(),
         };
         thread.run();
@@ -173,6 +180,11 @@ struct FaultThread {
     retry_after: Option<Duration>,
     next_token: u64,
     trouble: Trouble,
+    sampler: Sampler,
+    placement: Placement,
+    processor: Processor,
+    /// When messages were last waited for.
+    woken: Instant,
 }
 
 impl FaultThread {
@@ -194,10 +206,10 @@ impl FaultThread {
             if self.stopping {
                 break;
             }
-            let timeout = self.timeout();
             let mut done = std::mem::take(&mut self.done);
-            let ready = self.reactor.wait(timeout, !self.unread, &mut done)?;
-            let now = u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX);
+            let ready = self.wait(&mut done)?;
+            self.woken = Instant::now();
+            let now = u64::try_from((self.woken - self.started).as_millis()).unwrap_or(u64::MAX);
             self.pager.set_now(now);
             for completion in done.drain(..) {
                 self.complete(completion);
@@ -206,6 +218,31 @@ impl FaultThread {
             self.handle(ready);
         }
         Ok(())
+    }
+
+    /// Waits until something happens: awake for a while if a read is in flight and it pays.
+    fn wait(&mut self, done: &mut Vec<Completion>) -> std::io::Result<Ready> {
+        let timeout = self.timeout();
+        let way = self.placement.way();
+        self.processor.go(self.pid, way);
+        if !self.processor.is_bound() {
+            return self.reactor.wait(timeout, !self.unread, done);
+        }
+        if self.pager.awaits_reads() {
+            let begin = Instant::now();
+            while begin.elapsed() < SPIN {
+                let ready = self.reactor.wait(Some(Duration::ZERO), !self.unread, done)?;
+                if ready != Ready::default() || !done.is_empty() {
+                    return Ok(ready);
+                }
+            }
+        }
+        let ready =
+            self.reactor.wait(Some(timeout.map_or(IDLE, |timeout| timeout.min(IDLE))), !self.unread, done)?;
+        if ready == Ready::default() && done.is_empty() && !self.pager.has_io() {
+            self.placement.rest();
+        }
+        Ok(ready)
     }
 
     fn handle(&mut self, ready: Ready) {
@@ -272,8 +309,12 @@ impl FaultThread {
             if remaps {
                 self.agent.shut_gate(true);
             }
+            let timed = self.sampler.start();
             self.uffd.read(&mut messages, most);
             let drained = messages.is_empty();
+            if !drained {
+                self.sampler.end(&self.stats.latency, Step::Message, timed.map(|_| self.woken));
+            }
             for message in messages.drain(..) {
                 self.message(message);
             }
@@ -343,6 +384,10 @@ impl FaultThread {
             }
             Message::Fault { addr, thread, .. } => {
                 let by_agent = thread == self.agent_tid;
+                if !by_agent {
+                    self.placement.fault(thread, self.woken);
+                    self.sampler.fault(|| self.pager.regions().resolve(addr));
+                }
                 self.agent_waits |= by_agent;
                 self.pager.fault(addr, by_agent);
             }
@@ -381,7 +426,9 @@ impl FaultThread {
                         Source::Zeros => (pages.min(ZERO_PAGES as u64), self.memory.zeros()),
                         Source::Buffer(buffer) => (pages, self.memory.buffer(buffer)),
                     };
+                    let timed = self.sampler.start();
                     let (mut done, mut stop) = self.uffd.copy(addr, src.as_ptr(), asked);
+                    self.sampler.end(&self.stats.latency, Step::Map, timed);
                     while stop.is_none() && done < pages {
                         let more = (pages - done).min(ZERO_PAGES as u64);
                         let (count, why) = self.uffd.copy(addr + done * PAGE, src.as_ptr(), more);
@@ -389,6 +436,8 @@ impl FaultThread {
                         stop = why;
                     }
                     self.note(stop);
+                    let mapped = page.index()..page.index() + done;
+                    self.sampler.mapped(&self.stats.latency, page.region(), &mapped);
                     self.pager.mapped(page, pages, done, stop);
                 }
                 Action::Unpack { page, buffer, from } => {
@@ -398,7 +447,12 @@ impl FaultThread {
                             into.as_chunks_mut().0.fill(word.to_ne_bytes());
                             true
                         }
-                        Packed::Bytes { offset, len } => unpack(self.pager.packed_bytes(offset, len), into),
+                        Packed::Bytes { offset, len } => {
+                            let timed = self.sampler.start();
+                            let good = unpack(self.pager.packed_bytes(offset, len), into);
+                            self.sampler.end(&self.stats.latency, Step::Unpack, timed);
+                            good
+                        }
                     };
                     self.pager.unpacked(page, good);
                 }
@@ -463,6 +517,9 @@ impl FaultThread {
         // SAFETY: the buffers are the transfer's until the pager hears that it ended, and the memory lives as long as
         // the thread, which does not end while transfers are in flight.
         unsafe { self.reactor.submit(io) };
+        if is_read {
+            self.sampler.submitted(&self.stats.latency, self.pager.op_pages(transfer.op));
+        }
     }
 
     fn complete(&mut self, completion: Completion) {
@@ -476,6 +533,7 @@ impl FaultThread {
             self.pager.write_ended(op, good);
             return;
         }
+        self.sampler.read(&self.stats.latency, self.pager.op_pages(op));
         let mut wrong = 0;
         for n in 0..self.pager.op_pages(op).len() {
             let entry = self.pager.op_pages(op)[n];
@@ -511,8 +569,7 @@ impl FaultThread {
         }
         let stats = self.pager.stats();
         self.stats.publish(&stats);
-        let regions = self.pager.regions().iter().count();
-        self.stats.set_regions(u32::try_from(regions).unwrap_or(u32::MAX));
+        self.stats.set_regions(u32::try_from(self.pager.regions().count()).unwrap_or(u32::MAX));
         let condition = if self.agent_gone {
             Condition::AgentGone
         } else if self.agent.waits_since().is_some_and(|since| since.elapsed() > SILENT) {

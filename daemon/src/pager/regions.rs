@@ -90,6 +90,7 @@ impl Region {
 #[derive(Debug, Default)]
 pub struct Regions {
     slots: Vec<Option<Region>>,
+    count: usize,
     by_addr: BTreeMap<u64, Segment>,
 }
 
@@ -110,6 +111,12 @@ impl Regions {
     /// All, with their numbers.
     pub fn iter(&self) -> impl Iterator<Item = (u16, &Region)> {
         (0..=u16::MAX).zip(&self.slots).filter_map(|(number, region)| Some((number, region.as_ref()?)))
+    }
+
+    /// How many there are.
+    #[must_use]
+    pub fn count(&self) -> usize {
+        self.count
     }
 
     /// Whether any segment lies in the `len` bytes from `addr` on.
@@ -144,6 +151,7 @@ impl Regions {
         } else {
             self.slots[free] = Some(region);
         }
+        self.count += 1;
         self.by_addr.insert(addr, Segment { region: number, first: 0, pages, addr });
         self.rebuild(number);
         Some(number)
@@ -152,7 +160,9 @@ impl Regions {
     /// Takes a region out, its segments with it.
     pub fn take(&mut self, number: u16) -> Option<Region> {
         self.by_addr.retain(|_, segment| segment.region != number);
-        self.slots.get_mut(usize::from(number))?.take()
+        let region = self.slots.get_mut(usize::from(number))?.take();
+        self.count -= usize::from(region.is_some());
+        region
     }
 
     /// The page at `addr`.

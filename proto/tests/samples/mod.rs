@@ -1,9 +1,9 @@
 //! One sample of every message, and messages made from random numbers. Used by the round-trip tests and the fuzz loop.
 
 use fmalloc_proto::messages::{
-    Advice, Advise, Attach, Attached, Budget, ClientList, ClientRow, ClientStats, Empty, ErrorCode, Evict,
-    Evicted, Failure, Limit, Open, Opened, Page, RegionId, RegionList, RegionRange, RegionRow, RegionsQuery,
-    Register, Registered, Reply, Request, Staging, Status,
+    Advice, Advise, Attach, Attached, Budget, ClientId, ClientList, ClientRow, ClientStats, Empty, ErrorCode,
+    Evict, Evicted, Failure, LatencyList, LatencyRow, Limit, Open, Opened, Page, RegionId, RegionList,
+    RegionRange, RegionRow, RegionsQuery, Register, Registered, Reply, Request, Staging, Status,
 };
 
 /// Where a sample's fields come from: extremes first, then whatever `next` gives.
@@ -136,6 +136,7 @@ pub(crate) fn requests(s: &mut impl Source) -> Vec<Request> {
             region: s.flag().then(|| s.word()),
             bytes: s.flag().then(|| s.next()),
         }),
+        Request::Latency(ClientId { client: s.next() }),
     ]
 }
 
@@ -175,6 +176,17 @@ pub(crate) fn replies(s: &mut impl Source) -> Vec<Reply> {
         Reply::Clients(ClientList { rows: (0..s.below(4)).map(|_| client_row(s)).collect(), more: s.flag() }),
         Reply::Regions(RegionList { rows: (0..s.below(4)).map(|_| region_row(s)).collect(), more: s.flag() }),
         Reply::Evicted(Evicted { bytes: s.next() }),
+        Reply::Latency(LatencyList {
+            rows: vec![LatencyRow {
+                step: s.text(),
+                samples: s.next(),
+                p50_ns: s.next(),
+                p90_ns: s.next(),
+                p99_ns: s.next(),
+                p999_ns: s.next(),
+                max_ns: s.next(),
+            }],
+        }),
     ]
 }
 
