@@ -1,9 +1,10 @@
 # `make` lists what there is.
-.PHONY: help setup build demo test lint install uninstall deb
+.PHONY: help setup build demo test test-windows lint install uninstall deb
 
 help:
 	@echo "make demo    sort 512 MiB of this machine's text within 64 MiB of RAM (FMALLOC_DEMO_MIB=... for another size)"
 	@echo "make test    all tests; run it as root, for a full userfaultfd"
+	@echo "make test-windows  the client's tests for Windows, under wine (the first time it installs what that needs: Debian 12)"
 	@echo "make lint    formatting, clippy, documentation, licences"
 	@echo "make build   release binaries, in target/release"
 	@echo "make install the programs, the service, man pages and completions, after make build (DESTDIR=, PREFIX=/usr/local)"
@@ -28,6 +29,10 @@ test: setup
 	@if cargo nextest --version >/dev/null 2>&1; then set -x; cargo nextest run --workspace --all-targets; \
 	else set -x; cargo test --workspace --all-targets; fi
 	cargo test --workspace --doc
+
+# A directory of its own: these are built by another compiler.
+test-windows: setup
+	CARGO_TARGET_DIR=target/windows .ci/windows/run .ci/windows/test
 
 lint: setup
 	@.ci/lint

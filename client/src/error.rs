@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use fmalloc_proto::limits::PAGE;
 use fmalloc_proto::messages::{ErrorCode, Failure};
+#[cfg(unix)]
 use nix::errno::Errno;
 use thiserror::Error;
 
@@ -96,7 +97,7 @@ pub enum Error {
         what: String,
     },
     /// A system call failed.
-    #[error("{what}: {}", Errno::from_raw(*errno).desc())]
+    #[error("{what}: {}", describe(*errno))]
     System {
         /// What was tried.
         what: String,
@@ -107,19 +108,28 @@ pub enum Error {
 
 impl Error {
     /// A failed system call.
+    #[cfg(unix)]
     pub(crate) fn system(what: &str, errno: Errno) -> Self {
         Self::System { what: what.to_owned(), errno: errno as i32 }
+    }
+
+    /// A failed system call.
+    #[cfg(windows)]
+    pub(crate) fn system(what: &str, code: u32) -> Self {
+        Self::System { what: what.to_owned(), errno: code.cast_signed() }
     }
 
     pub(crate) fn invalid(what: impl Into<String>) -> Self {
         Self::Invalid { what: what.into() }
     }
 
+    #[cfg(unix)]
     pub(crate) fn conversation(what: impl Into<String>) -> Self {
         Self::Conversation { what: what.into() }
     }
 
     /// Whether the daemon may have done what was asked all the same.
+    #[cfg(unix)]
     pub(crate) fn is_uncertain(&self) -> bool {
         matches!(self, Self::DaemonGone | Self::AgentFailed | Self::Conversation { .. })
     }
@@ -142,6 +152,16 @@ impl From<Failure> for Error {
             _ => Self::Refused { code, text },
         }
     }
+}
+
+#[cfg(unix)]
+fn describe(errno: i32) -> &'static str {
+    Errno::from_raw(errno).desc()
+}
+
+#[cfg(windows)]
+fn describe(code: i32) -> std::io::Error {
+    std::io::Error::from_raw_os_error(code)
 }
 
 fn places(tried: &[(PathBuf, String)]) -> String {

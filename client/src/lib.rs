@@ -40,25 +40,43 @@
 //! - **Seccomp filters** that kill threads (TSYNC with a narrow list) break the agent; install them before the pager, and
 //!   allow `poll`, `ioctl`, `madvise`, `mprotect`, `read`, `write`, `pread64`, `sendmsg`, `recvmsg`, `futex`, `tgkill`.
 
+#[cfg(unix)]
 mod agent;
+#[cfg(unix)]
 mod connect;
 mod error;
 mod health;
 pub mod heap;
+#[cfg(unix)]
 mod herald;
+#[cfg(unix)]
 mod link;
+#[cfg(unix)]
+mod local;
 mod options;
+#[cfg(unix)]
 mod pager;
+mod pin;
 mod pod;
+#[cfg(unix)]
 mod region;
+#[cfg(unix)]
 mod spawn;
+#[cfg(unix)]
 mod sys;
+#[cfg(any(windows, test))]
+mod windows;
 
 pub use error::Error;
 pub use fmalloc_proto::PAGE_SIZE;
 pub use fmalloc_proto::messages::{Advice, ClientStats, ErrorCode};
 pub use health::Health;
-pub use options::{ConnectOptions, PrivateOptions};
+pub use options::{ConnectOptions, LocalOptions, PrivateOptions};
+#[cfg(unix)]
 pub use pager::Pager;
+pub use pin::{Pinned, PinnedMut};
 pub use pod::Pod;
+#[cfg(unix)]
 pub use region::Region;
+#[cfg(windows)]
+pub use windows::{Pager, Region};

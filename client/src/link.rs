@@ -124,7 +124,7 @@ impl Link {
         match self.health() {
             Health::Forked => Error::Forked,
             Health::AgentFailed => Error::AgentFailed,
-            Health::DaemonGone | Health::Ok => Error::DaemonGone,
+            Health::DaemonGone | Health::DiskFailed | Health::Ok => Error::DaemonGone,
         }
     }
 }

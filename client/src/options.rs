@@ -1,11 +1,15 @@
 //! What a program can ask for when it makes a pager.
 
+#[cfg(unix)]
 use std::ffi::OsString;
 use std::path::PathBuf;
 
+#[cfg(unix)]
 use fmalloc_proto::limits::MAX_NAME;
+#[cfg(unix)]
 use fmalloc_proto::switches::{DISABLE, Disabled, UnknownWord};
 
+#[cfg(unix)]
 use crate::error::Error;
 
 /// How to connect to a daemon that runs already.
@@ -46,8 +50,38 @@ impl PrivateOptions {
     }
 }
 
+/// How to page for this process alone, in the same words on every system: in the process on Windows, by a private
+/// daemon on Linux.
+#[derive(Debug, Clone)]
+pub struct LocalOptions {
+    /// RAM budget in bytes.
+    pub budget: u64,
+    /// Bytes that the swap file has room for, as much as all regions together.
+    pub swap_size: u64,
+    /// The swap file, such as `D:\\swap.bin`. It must not exist, unless fmalloc left it; nobody else can open it. Without it
+    /// a new one in the directory for temporary files. On Linux the file has no name, and only the directory counts.
+    pub swap_file: Option<PathBuf>,
+    /// Do not delete the swap file at the end: the next pager then has its space at once. Its content is not kept. Only
+    /// on Windows.
+    pub keep: bool,
+    /// Bytes that are paged at a time: a power of two from 4 KiB to 1 MiB. On Linux it is always 4 KiB.
+    pub unit: usize,
+}
+
+impl LocalOptions {
+    /// A budget and a size of the swap file in bytes, and the default for everything else.
+    #[must_use]
+    pub fn new(budget: u64, swap_size: u64) -> Self {
+        Self { budget, swap_size, swap_file: None, keep: false, unit: Self::UNIT }
+    }
+
+    /// Default of [`LocalOptions::unit`].
+    pub const UNIT: usize = 64 << 10;
+}
+
 /// An environment variable, unless it is empty or this program runs with more rights than its caller, whose environment
 /// must not choose a daemon for it then.
+#[cfg(unix)]
 pub(crate) fn variable(name: &str) -> Option<OsString> {
     // SAFETY: reads a value that the kernel gave to this process.
     let raised = unsafe { libc::getauxval(libc::AT_SECURE) } != 0;
@@ -58,6 +92,7 @@ pub(crate) fn variable(name: &str) -> Option<OsString> {
 ///
 /// # Errors
 /// [`Error::Invalid`] for a word that it does not know.
+#[cfg(unix)]
 pub(crate) fn disabled() -> Result<Disabled, Error> {
     let words = variable(DISABLE).unwrap_or_default();
     words
@@ -67,6 +102,7 @@ pub(crate) fn disabled() -> Result<Disabled, Error> {
 }
 
 /// The name to give to the daemon: short, and without control characters.
+#[cfg(unix)]
 pub(crate) fn client_name(wanted: Option<&str>) -> String {
     let own = || {
         let path = std::env::current_exe().ok()?;
@@ -77,6 +113,7 @@ pub(crate) fn client_name(wanted: Option<&str>) -> String {
 }
 
 /// `text` without control characters, at most [`MAX_NAME`] bytes of it.
+#[cfg(unix)]
 pub(crate) fn cut(text: &str) -> String {
     let mut short = String::new();
     for c in text.chars().map(|c| if c.is_control() { ' ' } else { c }) {
@@ -88,7 +125,7 @@ pub(crate) fn cut(text: &str) -> String {
     short
 }
 
-#[cfg(test)]
+#[cfg(all(test, unix))]
 mod tests {
     use super::*;
 

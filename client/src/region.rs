@@ -277,6 +277,18 @@ impl Region {
         }
     }
 
+    /// What [`Region::pin`] does, for a binding that keeps no guard: [`Region::release`] ends it. Here system calls fault
+    /// pages in, so that nothing has to be held.
+    ///
+    /// # Errors
+    /// As [`Region::pin`].
+    pub fn hold(&self, range: &Range<usize>, _write: bool) -> Result<(), Error> {
+        self.check_range(range)
+    }
+
+    /// Ends one [`Region::hold`] of the same range.
+    pub fn release(&self, _: &Range<usize>) {}
+
     fn part(&self, pages: &Range<usize>) -> RegionRange {
         RegionRange { region: self.id, offset: to_u64(pages.start), len: to_u64(pages.len()) }
     }
