@@ -7,6 +7,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::thread::{self, JoinHandle, Thread};
 
+use crate::own;
+
 const IDLE: u8 = 0;
 const SPEAK: u8 = 1;
 const LEAVE: u8 = 2;
@@ -73,6 +75,7 @@ impl Voice {
 }
 
 fn listen(order: &AtomicU8) {
+    own::on_own_thread();
     loop {
         match order.load(Ordering::Acquire) {
             IDLE => thread::park(),

@@ -54,6 +54,7 @@ mod link;
 #[cfg(unix)]
 mod local;
 mod options;
+mod own;
 #[cfg(unix)]
 mod pager;
 mod pin;

@@ -11,6 +11,7 @@ use nix::errno::Errno;
 use crate::agent::mailbox::{Job, Mailbox, Slot};
 use crate::error::Error;
 use crate::health::{Health, HealthCell};
+use crate::own;
 use crate::sys;
 
 /// First id of a request after the handshake.
@@ -83,6 +84,7 @@ impl Link {
     /// The daemon's refusal, or why there was no answer ([`Error::is_uncertain`]).
     pub(crate) fn call(&self, request: &Request) -> Result<Reply, Error> {
         self.check()?;
+        let _inside = own::enter();
         validate::request(request).map_err(|invalid| Error::invalid(invalid.to_string()))?;
         let id = self.next_id.fetch_add(1, Ordering::Relaxed).max(FIRST_ID);
         let frame = codec::encode(id, request).map_err(|error| Error::invalid(error.to_string()))?;

@@ -14,6 +14,7 @@ use crate::health::Health;
 use crate::herald::Herald;
 use crate::link::Link;
 use crate::options::{ConnectOptions, PrivateOptions, client_name, disabled};
+use crate::own;
 use crate::spawn::Launch;
 
 /// A connection to a daemon that pages this process's regions within one budget. Clones are the same pager; all of it
@@ -119,6 +120,7 @@ impl Pager {
     }
 
     fn start(route: Route, wanted: Wanted) -> Result<Self, Error> {
+        let _inside = own::enter();
         let blocked = BlockedSignals::new()?;
         let failed = |error: std::io::Error| Error::System {
             what: "starting a thread of fmalloc".to_owned(),
@@ -146,6 +148,7 @@ impl Drop for Inner {
             std::mem::forget(agent);
             herald.forget();
         } else if !self.link.has_leaked() {
+            let _inside = own::enter();
             let (slot, waiter) = Slot::new();
             self.link.mailbox.put_end(waiter);
             slot.wait(|| self.link.wake());

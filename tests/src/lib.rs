@@ -8,6 +8,7 @@
 //! - [`pattern`]: the content of pages, such that any wrong byte shows; [`rng`]: random numbers that can be repeated;
 //! - [`twins`]: two pages that a public hash cannot tell apart;
 //! - [`place`]: where binaries and temporary files are, and whether tests can run here at all;
+//! - [`trace`]: what real programs allocate and free;
 //! - [`process`]: what the kernel says about a process.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a failure here is a failed test")]
@@ -19,6 +20,7 @@ pub mod pattern;
 pub mod place;
 pub mod process;
 pub mod rng;
+pub mod trace;
 pub mod twins;
 pub mod worker;
 

@@ -14,6 +14,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use super::evict::Evictor;
 use crate::health::Health;
 use crate::link::Link;
+use crate::own;
 use crate::sys;
 
 const STACK: usize = 128 * 1024;
@@ -52,6 +53,7 @@ impl Aide {
 }
 
 fn live(link: &Link, mut evictor: Evictor, bells: &(OwnedFd, OwnedFd), stop: &EventFd) {
+    own::on_own_thread();
     // A panic must not unwind out of here, as in the agent.
     if let Err(panic) = catch_unwind(AssertUnwindSafe(|| serve(&mut evictor, bells, stop))) {
         mem::forget(panic);

@@ -47,6 +47,7 @@ use crate::error::Error;
 use crate::health::Health;
 use crate::herald::Voice;
 use crate::link::Link;
+use crate::own;
 use crate::sys::{self, Uffd};
 
 const STACK: usize = 256 * 1024;
@@ -81,6 +82,7 @@ pub(crate) fn start(link: Arc<Link>, voice: Voice, route: Route, wanted: Wanted)
 
 /// The whole life of the thread.
 fn live(link: Arc<Link>, voice: Voice, route: &Route, wanted: &Wanted, started: &Sender<Result<(), Error>>) {
+    own::on_own_thread();
     let mut agent = match Agent::connect(link, voice, route, wanted) {
         Ok(agent) => agent,
         Err(error) => {

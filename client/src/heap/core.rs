@@ -375,7 +375,7 @@ impl<B: Backing> Core<B> {
             return Err(BadPointer::NotInUse);
         }
         pages.give(&self.space, id);
-        Ok(true)
+        Ok(pages.dirty_pages > self.dirty_limit.load(Ordering::Relaxed))
     }
 
     /// Whether the block can serve for `size` bytes without moving, and if so makes it.

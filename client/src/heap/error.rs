@@ -6,17 +6,31 @@ use super::backing::Unavailable;
 
 /// Why a pointer cannot be freed, resized or measured.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
+#[error("{}", self.text())]
 #[non_exhaustive]
 pub enum BadPointer {
     /// It is not in the heap's range of addresses.
-    #[error("the pointer does not belong to this heap")]
     Foreign,
     /// No block begins there.
-    #[error("no block of this heap begins at the pointer; free what was allocated, not a part of it")]
     NoBlock,
     /// The block is free already, or was never handed out.
-    #[error("the block at the pointer is not in use; it was freed before, or never allocated")]
     NotInUse,
+}
+
+impl BadPointer {
+    /// The same as its `Display`, for who must not allocate.
+    #[must_use]
+    pub fn text(self) -> &'static str {
+        match self {
+            Self::Foreign => "the pointer does not belong to this heap",
+            Self::NoBlock => {
+                "no block of this heap begins at the pointer; free what was allocated, not a part of it"
+            }
+            Self::NotInUse => {
+                "the block at the pointer is not in use; it was freed before, or never allocated"
+            }
+        }
+    }
 }
 
 /// Why a block keeps its size.
