@@ -1,10 +1,12 @@
 # `make` lists what there is.
-.PHONY: help setup build demo test test-windows lint install uninstall deb
+.PHONY: help setup build demo test test-windows lint install uninstall deb bench bench-full
 
 help:
 	@echo "make demo    sort 512 MiB of this machine's text within 64 MiB of RAM (FMALLOC_DEMO_MIB=... for another size)"
 	@echo "make test    all tests; run it as root, for a full userfaultfd"
 	@echo "make test-windows  the client's tests for Windows, under wine (the first time it installs what that needs: Debian 12)"
+	@echo "make bench   fmalloc beside kernel swap and others, within 20 minutes (BENCH=--quick: 3 minutes; BENCH=--help for more)"
+	@echo "make bench-full  the same with compressible and random data in more and less RAM: two hours"
 	@echo "make lint    formatting, clippy, documentation, licences"
 	@echo "make build   release binaries, in target/release"
 	@echo "make install the programs, the service, man pages and completions, after make build (DESTDIR=, PREFIX=/usr/local)"
@@ -33,6 +35,15 @@ test: setup
 # A directory of its own: these are built by another compiler.
 test-windows: setup
 	CARGO_TARGET_DIR=target/windows .ci/windows/run .ci/windows/test
+
+# As root, on a machine with nothing else to do.
+bench: setup
+	cargo build --release -p fmallocd -p fmalloc-tests --bin fmallocd --bin fmalloc-bench
+	cargo run --quiet --release -p fmalloc-tests --bin fmalloc-bench -- --within 20 $(BENCH)
+
+bench-full: setup
+	cargo build --release -p fmallocd -p fmalloc-tests --bin fmallocd --bin fmalloc-bench
+	cargo run --quiet --release -p fmalloc-tests --bin fmalloc-bench -- --scenario all $(BENCH)
 
 lint: setup
 	@.ci/lint
