@@ -1,12 +1,12 @@
 # `make` lists what there is.
-.PHONY: help setup build demo test test-windows lint install uninstall deb bench bench-full
+.PHONY: help setup build demo test test-windows bench bench-full lint install uninstall deb
 
 help:
 	@echo "make demo    sort 512 MiB of this machine's text within 64 MiB of RAM (FMALLOC_DEMO_MIB=... for another size)"
 	@echo "make test    all tests; run it as root, for a full userfaultfd"
 	@echo "make test-windows  the client's tests for Windows, under wine (the first time it installs what that needs: Debian 12)"
 	@echo "make bench   fmalloc beside kernel swap and others, within 20 minutes (BENCH=--quick: 3 minutes; BENCH=--help for more)"
-	@echo "make bench-full  the same with compressible and random data in more and less RAM: two hours"
+	@echo "make bench-full  the same with compressible and random data in more and less RAM: takes long"
 	@echo "make lint    formatting, clippy, documentation, licences"
 	@echo "make build   release binaries, in target/release"
 	@echo "make install the programs, the service, man pages and completions, after make build (DESTDIR=, PREFIX=/usr/local)"

@@ -3,7 +3,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a failure here is a failed test")]
 
-use std::fs;
+use std::fs::{self, File};
 use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
 
@@ -12,7 +12,7 @@ use nix::sys::signal::Signal;
 use serde_json::Value;
 use tempfile::TempDir;
 
-const TINY: [&str; 8] = ["--size", "24M", "--ram", "6M", "--ops", "400", "--bound", "300"];
+const TINY: [&str; 8] = ["--size", "16M", "--ram", "6M", "--ops", "400", "--bound", "300"];
 const ZSWAP: &str = "/sys/module/zswap/parameters";
 
 fn command(dir: &Path, arguments: &[&str]) -> Command {
@@ -66,25 +66,36 @@ fn is_empty(dir: &TempDir) -> bool {
     fs::read_dir(dir.path()).unwrap().next().is_none()
 }
 
-#[test]
-fn bench_measures_every_row_verifies_it_and_leaves_nothing_behind() {
-    if !place::can_page() {
-        return;
-    }
+/// Benchmarks wait for one another; a test must not wait for those of other tests with its own clock running.
+fn turn() -> Option<File> {
+    place::can_page().then(|| {
+        let lock = File::create("/var/tmp/fmalloc-test-bench.lock").unwrap();
+        lock.lock().unwrap();
+        lock
+    })
+}
+
+/// Runs it, and gives its JSON and its tables.
+fn report(arguments: &[&str]) -> (Value, String) {
     let (dir, out) = (place::directory(), place::directory());
     let json = out.path().join("out.json");
     let before = zswap();
-    let output = run(dir.path(), &["--scenario", "all", "--runs", "2", "--json", json.to_str().unwrap()]);
+    let output = run(dir.path(), &[arguments, &["--json", json.to_str().unwrap()]].concat());
     let text = String::from_utf8_lossy(&output.stderr).into_owned();
     assert!(output.status.success(), "{}\n{text}", output.status);
     assert!(is_empty(&dir), "files are left");
     assert_eq!(zswap(), before);
+    let report = serde_json::from_slice(&fs::read(&json).unwrap()).unwrap();
+    (report, String::from_utf8_lossy(&output.stdout).into_owned())
+}
 
-    let report: Value = serde_json::from_slice(&fs::read(&json).unwrap()).unwrap();
-    assert_eq!((report["size"].as_u64(), report["ram"].as_u64()), (Some(24 << 20), Some(6 << 20)));
+fn assert_rows(report: &Value, count: usize) {
     let rows = report["results"].as_array().unwrap();
-    assert_eq!(rows.len(), 3 * 12 * 5, "scenarios, workloads, peers");
+    assert_eq!(rows.len(), count, "scenarios, workloads, peers");
     for row in rows {
+        for field in ["scenario", "workload", "peer", "unit"] {
+            assert!(row[field].is_string(), "{row}");
+        }
         assert_spread(&row["fmalloc"], row);
         match row["status"].as_str().unwrap() {
             "ok" => {
@@ -92,28 +103,40 @@ fn bench_measures_every_row_verifies_it_and_leaves_nothing_behind() {
                 assert_spread(&row["ratio"], row);
             }
             "unavailable" => {
-                assert!(row["ratio"].is_null() && !row["reason"].as_str().unwrap().is_empty(), "{row}");
-                // These need nothing that root would not have wherever tests can page.
-                assert!(!["kernel-swap", "file-mmap"].contains(&row["peer"].as_str().unwrap()), "{row}");
+                let reason = row["reason"].as_str().unwrap();
+                assert!(row["ratio"].is_null() && !reason.is_empty(), "{row}");
+                // Within so little RAM the kernel may give up, but it has no other excuse.
+                let excused = row["peer"] != "kernel-swap" || reason.contains("killed by the kernel");
+                assert!(excused && !reason.contains("WRONG"), "{row}");
             }
             other => panic!("{other}: {row}"),
         }
-        for field in ["scenario", "workload", "peer", "unit"] {
-            assert!(row[field].is_string(), "{row}");
-        }
     }
+}
+
+#[test]
+fn bench_measures_every_workload_and_leaves_nothing_behind() {
+    let Some(_turn) = turn() else { return };
+    let (report, table) = report(&["--runs", "1", "--peers", "kernel-swap,file-mmap-random"]);
+    assert_eq!((report["size"].as_u64(), report["ram"].as_u64()), (Some(16 << 20), Some(6 << 20)));
+    assert_rows(&report, 12 * 2);
     let latency = report["latency"].as_array().unwrap();
-    let of = |peer: &str| latency.iter().find(|row| row["peer"] == peer && row["scenario"] == "disk");
-    for row in [of("fmalloc").unwrap(), of("kernel-swap").unwrap()] {
-        assert!(row["faults"].as_u64().unwrap() > 0, "{row}");
-        assert!(row["p50"]["min"].as_f64() <= row["p99.9"]["max"].as_f64(), "{row}");
-    }
+    let row = latency.iter().find(|row| row["peer"] == "fmalloc").unwrap();
+    assert!(row["faults"].as_u64().unwrap() > 0, "{row}");
+    assert!(row["p50"]["min"].as_f64() <= row["p99.9"]["max"].as_f64(), "{row}");
     let floors = report["floors"].as_array().unwrap();
     let raw = |row: &&Value| row["floor"].as_str().unwrap().starts_with("raw-");
-    assert_eq!(floors.iter().filter(raw).count(), 4);
-    assert_eq!(floors.len(), 4 + 3 * 12);
-    let table = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert_eq!((floors.iter().filter(raw).count(), floors.len()), (4, 4 + 12));
     assert!(table.contains("zipf-rw-4") && table.contains("kernel-swap"), "{table}");
+}
+
+#[test]
+fn bench_sets_up_every_peer_in_every_scenario_and_undoes_it() {
+    let Some(_turn) = turn() else { return };
+    let options = ["--scenario", "all", "--runs", "2", "--workloads", "fill,rand-write-1", "--no-floors"];
+    let (report, _) =
+        report(&[&options[..], &["--peers", "kernel-swap,zswap,zram,file-mmap-random"]].concat());
+    assert_rows(&report, 3 * 2 * 4);
 }
 
 fn assert_spread(spread: &Value, row: &Value) {
@@ -123,9 +146,7 @@ fn assert_spread(spread: &Value, row: &Value) {
 
 #[test]
 fn bench_of_a_pager_that_changes_a_bit_fails_in_every_set_of_workloads() {
-    if !place::can_page() {
-        return;
-    }
+    let Some(_turn) = turn() else { return };
     let (dir, out) = (place::directory(), place::directory());
     let json = out.path().join("out.json");
     let options =
@@ -140,9 +161,7 @@ fn bench_of_a_pager_that_changes_a_bit_fails_in_every_set_of_workloads() {
 
 #[test]
 fn bench_that_is_interrupted_or_killed_is_undone() {
-    if !place::can_page() {
-        return;
-    }
+    let Some(_turn) = turn() else { return };
     let dir = place::directory();
     let endless =
         ["--peers", "kernel-swap", "--workloads", "rand-read-1", "--ops", "1000000000", "--no-floors"];
