@@ -1,5 +1,8 @@
 # `make` lists what there is.
-.PHONY: help setup build demo test test-windows bench bench-full lint install uninstall deb
+MESSAGES ?= 10000000
+MINUTES ?= 10
+
+.PHONY: help setup build demo test test-windows bench bench-full lint install uninstall deb fuzz soak
 
 help:
 	@echo "make demo    sort 512 MiB of this machine's text within 64 MiB of RAM (FMALLOC_DEMO_MIB=... for another size)"
@@ -7,6 +10,8 @@ help:
 	@echo "make test-windows  the client's tests for Windows, under wine (the first time it installs what that needs: Debian 12)"
 	@echo "make bench   fmalloc beside kernel swap and others, within 20 minutes (BENCH=--quick: 3 minutes; BENCH=--help for more)"
 	@echo "make bench-full  the same with compressible and random data in more and less RAM: takes long"
+	@echo "make fuzz    ten million generated messages against the decoder, and as many against a live daemon (MESSAGES=...)"
+	@echo "make soak    a crowd of clients, well-behaved and not, for MINUTES=10; ends with a table (SEED=... repeats one)"
 	@echo "make lint    formatting, clippy, documentation, licences"
 	@echo "make build   release binaries, in target/release"
 	@echo "make install the programs, the service, man pages and completions, after make build (DESTDIR=, PREFIX=/usr/local)"
@@ -31,6 +36,15 @@ test: setup
 	@if cargo nextest --version >/dev/null 2>&1; then set -x; cargo nextest run --workspace --all-targets; \
 	else set -x; cargo test --workspace --all-targets; fi
 	cargo test --workspace --doc
+	tests/lesser
+
+fuzz: setup
+	FMALLOC_FUZZ_MESSAGES=$(MESSAGES) cargo test -p fmalloc-proto --test fuzz -- --nocapture
+	FMALLOC_FUZZ_MESSAGES=$(MESSAGES) cargo test -p fmallocd --test control fuzz -- --nocapture
+
+soak: setup
+	cargo build --workspace --bins
+	target/debug/fmalloc-soak --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
 
 # A directory of its own: these are built by another compiler.
 test-windows: setup

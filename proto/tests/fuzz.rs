@@ -16,7 +16,8 @@ use fmalloc_proto::messages::{Reply, Request};
 use fmalloc_proto::validate;
 use samples::{Random, Source, replies, requests};
 
-const DECODES: u32 = 1_000_000;
+/// Messages decoded, unless FMALLOC_FUZZ_MESSAGES says otherwise; `make fuzz` does.
+const DECODES: u64 = 1_000_000;
 /// Most bytes that decoding one message may take at any moment: a length that lies is believed up to 1 MiB (serde's
 /// bound for a first allocation), besides what really came.
 const MOST_MEMORY: usize = (1 << 20) + 4 * MAX_MESSAGE;
@@ -93,13 +94,15 @@ fn mutate(random: &mut Random, frame: &mut Vec<u8>) {
 fn no_bytes_break_the_decoder() {
     let mut random = Random(0x66_6d61_6c6c_6f63);
     let mut frames: Vec<Vec<u8>> = Vec::new();
-    let mut accepted = 0_u32;
-    for round in 0..DECODES / 2 {
+    let text = std::env::var("FMALLOC_FUZZ_MESSAGES").unwrap_or_default();
+    let (decodes, mut accepted) = (text.parse().unwrap_or(DECODES), 0_u64);
+    for round in 0..decodes / 2 {
         // Fresh samples now and then; in between the old ones are damaged again and again.
         if round % 4096 == 0 {
+            let id = u32::try_from(round & 0xffff_ffff).unwrap();
             frames.clear();
-            frames.extend(requests(&mut random).iter().map(|message| encode(round, message).unwrap()));
-            frames.extend(replies(&mut random).iter().map(|message| encode(round, message).unwrap()));
+            frames.extend(requests(&mut random).iter().map(|message| encode(id, message).unwrap()));
+            frames.extend(replies(&mut random).iter().map(|message| encode(id, message).unwrap()));
         }
         let mut frame = if random.below(4) == 0 {
             // Noise behind a header that is right.
@@ -119,9 +122,10 @@ fn no_bytes_break_the_decoder() {
             accepted += 1;
             let _ = validate::request(&request);
         }
-        accepted += u32::from(probe::<Reply>(&frame).is_some());
+        accepted += u64::from(probe::<Reply>(&frame).is_some());
     }
-    assert!(accepted > DECODES / 20, "only {accepted} of {DECODES} were messages: the loop tests little");
+    println!("{decodes} messages, {accepted} of them valid");
+    assert!(accepted > decodes / 20, "only {accepted} of {decodes} were messages: the loop tests little");
 }
 
 #[test]

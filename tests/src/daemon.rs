@@ -67,6 +67,8 @@ impl Daemon {
         command.args(["--ram", ram, "--swap-size", swap]).args(more);
         command.stdin(Stdio::null()).stdout(log.try_clone().expect("a descriptor")).stderr(log);
         if place::is_user_mode() {
+            // Now, as long as nobody runs it.
+            place::share("fmalloc-worker", dir.path());
             command.uid(NOBODY).gid(NOBODY);
             for dir in std::iter::once(&dir).chain(&swap_dir) {
                 chown(dir.path(), Some(NOBODY), Some(NOBODY)).expect("a directory of nobody's");

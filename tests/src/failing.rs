@@ -75,6 +75,8 @@ struct Words {
     fault: AtomicU64,
     first: AtomicU64,
     count: AtomicU64,
+    /// If not zero: every so manieth transfer, from the first on.
+    period: AtomicU64,
     client: AtomicU64,
     reads: AtomicU64,
     writes: AtomicU64,
@@ -111,11 +113,22 @@ impl Plan {
     /// From now on `fault` strikes `count` transfers of its direction, the first of them being number `first` (from 0)
     /// from now, of one client or of all.
     pub fn arm(&self, fault: Fault, first: u64, count: u64, client: Option<u64>) {
+        self.set(fault, first, count, 0, client);
+    }
+
+    /// From now on `fault` strikes the transfers of its direction with the numbers `first`, `first + period` and so on,
+    /// of one client.
+    pub fn arm_every(&self, fault: Fault, first: u64, period: u64, client: u64) {
+        self.set(fault, first, FOR_EVER, period, Some(client));
+    }
+
+    fn set(&self, fault: Fault, first: u64, count: u64, period: u64, client: Option<u64>) {
         self.disarm();
         let words = self.words();
         for (word, value) in [
             (&words.first, first),
             (&words.count, count),
+            (&words.period, period),
             (&words.client, client.unwrap_or(0)),
             (&words.reads, 0),
             (&words.writes, 0),
@@ -154,7 +167,8 @@ impl Plan {
         let number = if is_read { &words.reads } else { &words.writes }.fetch_add(1, Ordering::Relaxed);
         let (first, count) = (words.first.load(Ordering::Relaxed), words.count.load(Ordering::Relaxed));
         let fault = fault.filter(|fault| fault.is_of_reads() == is_read)?;
-        if number < first || number - first >= count {
+        let period = words.period.load(Ordering::Relaxed).max(1);
+        if number < first || number - first >= count || !(number - first).is_multiple_of(period) {
             return None;
         }
         words.injected.fetch_add(1, Ordering::Relaxed);

@@ -144,7 +144,14 @@ fn ranges_that_are_not_the_clients_own_free_memory_are_refused() {
 #[test]
 fn client_that_never_evicts_gets_no_more_than_its_budget() {
     let Some(scene) = Scene::new() else { return };
-    let pages = scene.hostile("silent").as_u64().unwrap();
+    let mut silent = scene.daemon.worker();
+    silent.tell("hostile silent");
+    wait_until("it is shown what hinders the client", || {
+        let rows = scene.daemon.json(&["clients"]);
+        rows.as_array().unwrap().iter().any(|row| row["condition"] == "agent does not answer")
+    });
+    let pages = silent.answer(fmalloc_tests::PATIENCE).unwrap().unwrap().as_u64().unwrap();
+    drop(silent);
     println!("{pages} pages");
     assert!(pages <= 2048, "{pages} pages for a budget of 2048");
     assert!(pages > 1000, "{pages} pages only");

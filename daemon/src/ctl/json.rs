@@ -6,6 +6,7 @@ use std::io::{self, Write};
 
 use fmalloc_proto::PAGE;
 use fmalloc_proto::messages::{ClientRow, LatencyRow, RegionRow, Status as StatusMessage};
+use fmalloc_proto::num::to_u64;
 use serde::Serialize;
 
 /// Declares what a command prints.
@@ -43,6 +44,7 @@ object! {
         pool_granted_bytes: u64 = "RAM granted",
         clients: u64 = "clients",
         regions: u64 = "regions of all clients",
+        write_protect_clients: u64 = "clients without UFFDIO_MOVE: O_DIRECT into their regions is unsafe",
         draining: bool = "shutting down, no new clients",
     }
 }
@@ -185,8 +187,9 @@ fn pages(count: u64) -> u64 {
     count.saturating_mul(PAGE)
 }
 
-impl From<&StatusMessage> for Status {
-    fn from(status: &StatusMessage) -> Self {
+impl Status {
+    /// From what the daemon says, and the rows of its clients.
+    pub(super) fn new(status: &StatusMessage, clients: &[ClientRow]) -> Self {
         Self {
             version: status.version.clone(),
             pid: status.pid,
@@ -202,6 +205,7 @@ impl From<&StatusMessage> for Status {
             pool_granted_bytes: status.pool_granted_bytes,
             clients: status.clients,
             regions: status.regions,
+            write_protect_clients: to_u64(clients.iter().filter(|row| row.write_protect).count()),
             draining: status.draining,
         }
     }

@@ -169,8 +169,14 @@ fn execute(cli: &Cli) -> Result<(), CtlError> {
     match cli.command {
         Command::Doctor(_) => Ok(()),
         Command::Status => match link.ask(&Request::Status(Empty {}))? {
-            Reply::Status(status) if cli.json => json::print(&mut out, &json::Status::from(&*status)),
-            Reply::Status(status) => writeln!(out, "{}", tables::status(&status)),
+            Reply::Status(status) => {
+                let status = json::Status::new(&status, &clients(&mut link)?);
+                if cli.json {
+                    json::print(&mut out, &status)
+                } else {
+                    writeln!(out, "{}", tables::status(&status))
+                }
+            }
             other => return Err(unexpected(&other)),
         },
         Command::Clients => {

@@ -2,8 +2,10 @@
 
 use comfy_table::{CellAlignment, Table, presets};
 use fmalloc_proto::PAGE;
-use fmalloc_proto::messages::{ClientRow, LatencyRow, RegionRow, Status};
+use fmalloc_proto::messages::{ClientRow, LatencyRow, RegionRow};
 use fmalloc_proto::size::Size;
+
+use super::json::Status;
 
 fn pages(count: u64) -> String {
     Size(count.saturating_mul(PAGE)).to_string()
@@ -43,6 +45,11 @@ pub(super) fn status(status: &Status) -> String {
     row("io_uring", yes_no(status.io_uring).to_owned());
     row("clients", status.clients.to_string());
     row("regions", status.regions.to_string());
+    if status.write_protect_clients > 0 {
+        let text =
+            "without UFFDIO_MOVE (Linux 6.8): O_DIRECT and io_uring reads into their regions can be lost";
+        row("unsafe", format!("{} clients {text}", status.write_protect_clients));
+    }
     table.trim_fmt()
 }
 

@@ -464,11 +464,7 @@ impl FaultThread {
                     self.uffd.wake(addr, 1);
                 }
                 Action::Poison { page, addr } => {
-                    tracing::error!(
-                        client = self.client,
-                        pid = self.pid,
-                        "page at {addr:#x} is lost: the swap file failed"
-                    );
+                    self.trouble.lost(self.client, self.pid, addr);
                     if self.uffd.poison {
                         let stop = self.uffd.poison_page(addr);
                         self.note(stop);

@@ -7,8 +7,11 @@ mod authorisation;
 mod configuration;
 mod ctl;
 mod ending;
+mod fuzz;
 mod hostile;
 mod limits;
 mod memory;
+#[path = "../../../proto/tests/samples/mod.rs"]
+mod samples;
 mod support;
 mod swap_file;

@@ -210,12 +210,12 @@ fn ranges() -> Outcome {
     Ok(Value::Object(answers))
 }
 
-/// Takes memory and never answers when asked to give any back. Gives how many pages it got in two seconds.
+/// Takes memory and never answers when asked to give any back. Gives how many pages it got in three seconds.
 fn silent() -> Outcome {
     let (mut peer, _uffd) = Peer::attached()?;
     let pages = 16 * to_usize(BUDGET) / PAGE_SIZE;
     let touched = touch_registered(&mut peer, pages)?;
-    thread::sleep(Duration::from_secs(2));
+    thread::sleep(Duration::from_secs(3));
     Ok(touched.load(Ordering::Relaxed).into())
 }
 
@@ -320,6 +320,8 @@ fn attach_foreign() -> Outcome {
     let child = Errno::result(unsafe { libc::fork() })?;
     if child == 0 {
         let flags = libc::O_CLOEXEC | libc::O_NONBLOCK;
+        // SAFETY: takes numbers by value.
+        unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) };
         // SAFETY: as in `Peer::uffd`.
         let sent = unsafe { raw::new_from_device(device, flags) }
             .map(|fd| unsafe { OwnedFd::from_raw_fd(fd) })
