@@ -9,9 +9,10 @@ use fmalloc_tests::{Daemon, MIB, wait_until};
 
 #[test]
 fn hazard_04_region_at_addresses_that_were_unmapped_at_that_moment_keeps_its_content() {
-    let Some(daemon) = Daemon::start("8M", "256M") else { return };
-    let mut worker = daemon.client("5M");
-    worker.ask("region pressure 8M");
+    let Some(daemon) = Daemon::start("16M", "256M") else { return };
+    // Each region that stays has page tables.
+    let mut worker = daemon.client("12M");
+    worker.ask("region pressure 16M");
     worker.ask("start pressure press pressure");
     let outcome = worker.ask(&format!("usurp {} 200", seed()));
     println!("{outcome}");
@@ -47,6 +48,28 @@ fn hazard_09_faults_are_answered_though_nobody_tells_that_a_discard_has_ended() 
     let mut worker = daemon.client("8M");
     worker.ask("region a 24M");
     println!("{} pages checked beside slow discards", worker.ask(&format!("slow-discard a {} 40", seed())));
+    worker.quit();
+    daemon.wait_until_empty();
+}
+
+#[test]
+fn hazard_13_page_tables_that_fill_the_budget_are_named_and_a_larger_budget_helps() {
+    let Some(daemon) = Daemon::start("32M", "2G") else { return };
+    let mut worker = daemon.client("4M");
+    worker.ask("region a 1G");
+    // 6 MiB of tables by the time that all of it was touched.
+    worker.ask("start touch zeros a");
+    wait_until("it is said what hinders the client", || {
+        let row = daemon.row(&mut worker);
+        row["condition"].as_str().is_some_and(|text| text.contains("page tables"))
+    });
+    assert_eq!(worker.ask("finished touch"), false);
+    let row = daemon.row(&mut worker);
+    assert!(number(&row, "resident_bytes") + number(&row, "overhead_bytes") <= 4 * MIB + 16384, "{row}");
+    let client = worker.client().to_string();
+    assert!(daemon.ctl(&["limit", &client, "16M"]).status.success());
+    worker.ask("finish touch");
+    assert_eq!(daemon.row(&mut worker)["condition"], "");
     worker.quit();
     daemon.wait_until_empty();
 }

@@ -78,6 +78,8 @@ pub enum Condition {
     Unevictable = 3,
     /// The swap file cannot be written.
     WriteErrors = 4,
+    /// Page tables fill the budget.
+    Tables = 5,
 }
 
 impl Condition {
@@ -90,6 +92,7 @@ impl Condition {
             Self::AgentGone => "agent is gone",
             Self::Unevictable => "pinned, locked or protected pages fill the budget",
             Self::WriteErrors => "swap cannot be written",
+            Self::Tables => "page tables fill the budget, give it more",
         }
     }
 }
@@ -110,10 +113,16 @@ impl SharedStats {
     #[must_use]
     pub fn condition(&self) -> Condition {
         let number = self.condition.load(Ordering::Relaxed);
-        [Condition::AgentSilent, Condition::AgentGone, Condition::Unevictable, Condition::WriteErrors]
-            .into_iter()
-            .find(|condition| *condition as u32 == number)
-            .unwrap_or(Condition::Fine)
+        [
+            Condition::AgentSilent,
+            Condition::AgentGone,
+            Condition::Unevictable,
+            Condition::WriteErrors,
+            Condition::Tables,
+        ]
+        .into_iter()
+        .find(|condition| *condition as u32 == number)
+        .unwrap_or(Condition::Fine)
     }
 
     /// Publishes what hinders the client (fault thread only).

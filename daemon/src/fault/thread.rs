@@ -572,6 +572,8 @@ impl FaultThread {
             Condition::AgentSilent
         } else if self.pager.has_write_errors() {
             Condition::WriteErrors
+        } else if self.pager.is_starved() && self.pager.is_filled_by_tables() {
+            Condition::Tables
         } else if self.pager.is_starved() && stats.unevictable_pages > 0 {
             Condition::Unevictable
         } else {

@@ -62,6 +62,8 @@ use split::Split;
 use streams::Streams;
 use warm::{Place, Warm};
 
+/// A client with fewer frames than this hardly gets on: one instruction may need several pages.
+const FEWEST_FRAMES: u64 = 16;
 /// Milliseconds for which a page that was discarded while present is left alone: the discarding thread is let go by the
 /// kernel before it empties the page, and may be anywhere between the two for a while.
 pub const DISCARD_GRACE_MS: u64 = 100;
@@ -448,6 +450,12 @@ impl<S: Store> Pager<S> {
     #[must_use]
     pub fn is_starved(&self) -> bool {
         !self.waiting.is_empty()
+    }
+
+    /// Whether page tables, ring and buffers leave next to nothing of the budget for pages.
+    #[must_use]
+    pub fn is_filled_by_tables(&self) -> bool {
+        self.sizes.budget < self.sizes.overhead() + self.table_bytes + FEWEST_FRAMES * PAGE
     }
 
     /// Whether swap could not be written lately.
