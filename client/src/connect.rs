@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use fmalloc_proto::codec;
+use fmalloc_proto::groups::{Adopt, Ready, Token};
 use fmalloc_proto::hello::{Hello, HelloReply, Role};
 use fmalloc_proto::limits::MAX_MESSAGE;
 use fmalloc_proto::messages::{Attach, Open, Opened, Reply, Request, Staging};
@@ -40,6 +41,10 @@ pub(crate) struct Wanted {
     pub(crate) budget: u64,
     /// A userfaultfd that cannot serve system calls will do.
     pub(crate) user_mode_only: bool,
+    /// Forked children shall have the regions.
+    pub(crate) inherit: bool,
+    /// The group whose budget this client shares.
+    pub(crate) group: Option<Token>,
     /// Features of the kernel that are not to be used.
     pub(crate) disabled: Disabled,
 }
@@ -70,12 +75,13 @@ pub(crate) fn sockets(chosen: Option<&Path>) -> Vec<PathBuf> {
     named.into_iter().chain([system]).chain(own).collect()
 }
 
-/// A socket to the daemon, the hello not yet said.
+/// A socket to the daemon, the hello not yet said. `again`: it runs already, for the parent of this process.
 ///
 /// # Errors
 /// [`Error::NoDaemon`], [`Error::Denied`], or those of starting a private daemon.
-pub(crate) fn reach(route: &Route) -> Result<OwnedFd, Error> {
+pub(crate) fn reach(route: &Route, again: bool) -> Result<OwnedFd, Error> {
     let paths = match route {
+        Route::Private(launch) if again => return launch.reach_again(),
         Route::Private(launch) => return launch.start(),
         Route::Sockets(paths) => paths,
     };
@@ -127,9 +133,38 @@ pub(crate) fn open(socket: BorrowedFd<'_>, wanted: &Wanted) -> Result<Opening, E
         name: wanted.name.clone(),
         budget: wanted.budget,
         user_mode_only: wanted.user_mode_only,
+        group: wanted.group,
     });
     let (reply, fds) = ask(socket, 1, &request, &[])?;
     let Reply::Opened(opened) = reply else { return Err(unexpected(&reply)) };
+    receive_opening(opened, fds)
+}
+
+/// Tells the daemon whose child this process is, and gets its userfaultfd.
+///
+/// # Errors
+/// The daemon's refusal, or [`Error::Conversation`].
+pub(crate) fn adopt(socket: BorrowedFd<'_>, token: Token) -> Result<(Opening, Uffd), Error> {
+    let (reply, mut fds) = ask(socket, 1, &Request::Adopt(Adopt { token }), &[])?;
+    let Reply::Adopted(opened) = reply else { return Err(unexpected(&reply)) };
+    // As many as the reply says, which is one at least.
+    let uffd = Uffd::received(fds.remove(0));
+    Ok((receive_opening(opened, fds)?, uffd))
+}
+
+/// The child's agent can move pages.
+///
+/// # Errors
+/// The daemon's refusal, or [`Error::Conversation`].
+pub(crate) fn ready(socket: BorrowedFd<'_>) -> Result<(), Error> {
+    let agent_tid = u32::try_from(sys::thread_id()).unwrap_or(0);
+    match ask(socket, 2, &Request::Ready(Ready { agent_tid }), &[])? {
+        (Reply::Done(_), _) => Ok(()),
+        (other, _) => Err(unexpected(&other)),
+    }
+}
+
+fn receive_opening(opened: Opened, fds: Vec<OwnedFd>) -> Result<Opening, Error> {
     let mut fds = fds.into_iter();
     let (Some(memory), Some(agent_bell), Some(daemon_bell), device) =
         (fds.next(), fds.next(), fds.next(), fds.next())
@@ -167,9 +202,14 @@ pub(crate) fn make_uffd(device: Option<&OwnedFd>, user_mode_only: bool) -> Resul
 ///
 /// # Errors
 /// The daemon's refusal, or [`Error::Conversation`].
-pub(crate) fn attach(socket: BorrowedFd<'_>, uffd: &Uffd, staging: Option<Staging>) -> Result<(), Error> {
+pub(crate) fn attach(
+    socket: BorrowedFd<'_>,
+    uffd: &Uffd,
+    staging: Option<Staging>,
+    inherit: bool,
+) -> Result<(), Error> {
     let agent_tid = u32::try_from(sys::thread_id()).unwrap_or(0);
-    match ask(socket, 2, &Request::Attach(Attach { agent_tid, staging }), &[uffd.as_fd()])? {
+    match ask(socket, 2, &Request::Attach(Attach { agent_tid, staging, inherit }), &[uffd.as_fd()])? {
         (Reply::Attached(_), _) => Ok(()),
         (other, _) => Err(unexpected(&other)),
     }

@@ -134,6 +134,19 @@ impl Error {
         matches!(self, Self::DaemonGone | Self::AgentFailed | Self::Conversation { .. })
     }
 
+    /// The nearest error number of the system: what a function with the manners of the C library shall give to its caller.
+    #[must_use]
+    pub fn errno(&self) -> i32 {
+        match self {
+            Self::System { errno, .. } => *errno,
+            Self::PoolFull { .. } | Self::SwapFull { .. } => libc::ENOMEM,
+            Self::Invalid { .. } => libc::EINVAL,
+            Self::Denied { .. } | Self::NoUserfaultfd { .. } => libc::EPERM,
+            Self::Unsupported { .. } => libc::ENOSYS,
+            _ => libc::EAGAIN,
+        }
+    }
+
     /// A range that is not inside a region of `len` bytes.
     pub(crate) fn range(range: &std::ops::Range<usize>, len: usize) -> Self {
         Self::Invalid {

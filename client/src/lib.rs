@@ -27,7 +27,9 @@
 //!   Regions dropped then leave their addresses mapped. A thread that is just then in [`Region::discard`], or in
 //!   `munmap` or `madvise` on a region, waits as well.
 //! - **fork**: a child has neither the regions (a touch is SIGSEGV) nor the pager ([`Error::Forked`]); it may make its
-//!   own. `exec` inherits nothing.
+//!   own. `exec` inherits nothing. With the option `inherit` and [`fork`] the child has both, as after any fork. A child
+//!   that came about in another way (a plain `fork` without [`Pager::prepare_fork`]) may only run another program then:
+//!   if it touches what is not resident, it waits for ever.
 //! - **Read-only, locked and pinned pages** cannot be evicted: `mprotect(PROT_READ)` and `mlock` keep the pages
 //!   concerned in RAM, I/O in flight does so until it ends. They count against the budget, and
 //!   [`ClientStats::unevictable_pages`] shows them.
@@ -45,6 +47,7 @@ mod agent;
 #[cfg(unix)]
 mod connect;
 mod error;
+mod fork;
 mod health;
 pub mod heap;
 #[cfg(unix)]
@@ -70,7 +73,9 @@ mod windows;
 
 pub use error::Error;
 pub use fmalloc_proto::PAGE_SIZE;
+pub use fmalloc_proto::groups::Token as GroupToken;
 pub use fmalloc_proto::messages::{Advice, ClientStats, ErrorCode};
+pub use fork::{PreparedFork, fork};
 pub use health::Health;
 pub use options::{ConnectOptions, LocalOptions, PrivateOptions};
 #[cfg(unix)]

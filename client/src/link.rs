@@ -2,6 +2,7 @@
 //! descriptor: a program may close those that it does not know.
 
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, AtomicU64, Ordering};
+use std::time::Duration;
 
 use fmalloc_proto::codec;
 use fmalloc_proto::messages::{Reply, Request};
@@ -14,13 +15,20 @@ use crate::health::{Health, HealthCell};
 use crate::own;
 use crate::sys;
 
+/// How often a thread that forks looks whether the agent is ready.
+const LOOK: Duration = Duration::from_micros(20);
 /// First id of a request after the handshake.
 pub(crate) const FIRST_ID: u32 = 16;
 
 /// The bond between a process's threads and one agent.
 #[derive(Debug)]
 pub(crate) struct Link {
-    owner: u32,
+    /// The process, 0 while a forked child takes over.
+    owner: AtomicU32,
+    /// A thread forks: the agent shall only move pages.
+    forking: AtomicBool,
+    /// And so it does.
+    silent: AtomicBool,
     /// The agent's thread id, once it runs.
     pub(crate) agent: AtomicI32,
     /// Set by the agent.
@@ -39,7 +47,9 @@ impl Link {
     /// A link owned by this process.
     pub(crate) fn new() -> Self {
         Self {
-            owner: std::process::id(),
+            owner: AtomicU32::new(std::process::id()),
+            forking: AtomicBool::new(false),
+            silent: AtomicBool::new(false),
             agent: AtomicI32::new(0),
             health: HealthCell::default(),
             budget: AtomicU64::new(0),
@@ -52,7 +62,46 @@ impl Link {
 
     /// Whether this process made the pager, and is not a forked child of it.
     pub(crate) fn is_owner(&self) -> bool {
-        std::process::id() == self.owner
+        std::process::id() == self.owner.load(Ordering::Relaxed)
+    }
+
+    /// In a forked child: the link is this process's from now on, and has no agent yet.
+    pub(crate) fn renew(&self) {
+        self.owner.store(std::process::id(), Ordering::Relaxed);
+        self.agent.store(0, Ordering::Release);
+        self.silent.store(false, Ordering::Relaxed);
+        self.forking.store(false, Ordering::Relaxed);
+    }
+
+    /// Waits until the agent does nothing but move pages. False if there is none.
+    pub(crate) fn silence(&self) -> bool {
+        self.forking.store(true, Ordering::SeqCst);
+        let mut looks = 0_u32;
+        while !self.silent.load(Ordering::SeqCst) {
+            // A signal can get lost: see `agent::mailbox`.
+            if looks.is_multiple_of(1000) && !self.wake() {
+                return false;
+            }
+            looks += 1;
+            std::thread::sleep(LOOK);
+        }
+        true
+    }
+
+    /// The agent may do everything again.
+    pub(crate) fn resume(&self) {
+        self.silent.store(false, Ordering::SeqCst);
+        self.forking.store(false, Ordering::SeqCst);
+        self.wake();
+    }
+
+    /// For the agent: whether it shall only move pages. If so, takes note that it does.
+    pub(crate) fn is_silenced(&self) -> bool {
+        let forking = self.forking.load(Ordering::SeqCst);
+        if forking {
+            self.silent.store(true, Ordering::SeqCst);
+        }
+        forking
     }
 
     /// The pager's health as this process sees it.
@@ -99,6 +148,17 @@ impl Link {
         }
     }
 
+    /// Sends a request whose reply nobody needs.
+    pub(crate) fn post(&self, request: &Request) {
+        let id = self.next_id.fetch_add(1, Ordering::Relaxed).max(FIRST_ID);
+        let (_slot, waiter) = Slot::new();
+        if let Ok(frame) = codec::encode(id, request)
+            && self.mailbox.put(Job { id, frame, waiter })
+        {
+            self.wake();
+        }
+    }
+
     /// [`Link::call`] for requests whose reply says nothing more.
     pub(crate) fn order(&self, request: &Request) -> Result<(), Error> {
         match self.call(request)? {
@@ -115,7 +175,8 @@ impl Link {
     /// Wakes the agent to look into the mailbox; gives false if the agent's thread does not exist any more, which only
     /// something outside (a seccomp filter that kills threads) can cause.
     pub(crate) fn wake(&self) -> bool {
-        let alive = sys::nudge(self.owner, self.agent.load(Ordering::Acquire)) != Err(Errno::ESRCH);
+        let alive = sys::nudge(self.owner.load(Ordering::Relaxed), self.agent.load(Ordering::Acquire))
+            != Err(Errno::ESRCH);
         if !alive {
             self.health.fail(Health::AgentFailed);
         }

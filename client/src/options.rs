@@ -4,6 +4,7 @@
 use std::ffi::OsString;
 use std::path::PathBuf;
 
+use fmalloc_proto::groups::Token as GroupToken;
 #[cfg(unix)]
 use fmalloc_proto::limits::MAX_NAME;
 #[cfg(unix)]
@@ -23,6 +24,11 @@ pub struct ConnectOptions {
     pub name: Option<String>,
     /// Accept a userfaultfd with which system calls on swapped-out memory fail with EFAULT, if there is no better one.
     pub user_mode_only: bool,
+    /// Forked children go on with the regions: see [`fork`](crate::fork). Needs a daemon with CAP_SYS_PTRACE (root has it)
+    /// and Linux 6.8. Children must be able to connect to the daemon as this process was.
+    pub inherit: bool,
+    /// Share the budget of this group; then `budget` means nothing.
+    pub group: Option<GroupToken>,
 }
 
 /// How to start a daemon for this process alone.
@@ -40,13 +46,24 @@ pub struct PrivateOptions {
     pub name: Option<String>,
     /// Accept a userfaultfd with which system calls on swapped-out memory fail with EFAULT, if there is no better one.
     pub user_mode_only: bool,
+    /// Forked children go on with the regions: see [`fork`](crate::fork). Needs CAP_SYS_PTRACE (root has it) and Linux
+    /// 6.8.
+    pub inherit: bool,
 }
 
 impl PrivateOptions {
     /// A budget in bytes, and the default for everything else.
     #[must_use]
     pub fn new(budget: u64) -> Self {
-        Self { budget, swap_dir: None, swap_size: None, daemon: None, name: None, user_mode_only: false }
+        Self {
+            budget,
+            swap_dir: None,
+            swap_size: None,
+            daemon: None,
+            name: None,
+            user_mode_only: false,
+            inherit: false,
+        }
     }
 }
 

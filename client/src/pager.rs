@@ -1,13 +1,14 @@
 //! The handle to a daemon, and the life of the two threads behind it.
 
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
+use fmalloc_proto::groups::Token;
 use fmalloc_proto::messages::{Budget, ClientStats, Empty, Reply, Request};
 use nix::sys::signal::{SigSet, SigmaskHow};
 
-use crate::agent::{self, mailbox::Slot};
+use crate::agent::{self, Begin, mailbox::Slot};
 use crate::connect::{self, Route, Wanted};
 use crate::error::Error;
 use crate::health::Health;
@@ -27,9 +28,20 @@ use crate::spawn::Launch;
 pub struct Pager(Arc<Inner>);
 
 #[derive(Debug)]
-struct Inner {
-    link: Arc<Link>,
-    threads: Option<(JoinHandle<()>, Herald)>,
+pub(crate) struct Inner {
+    pub(crate) link: Arc<Link>,
+    /// Locked while a thread forks.
+    pub(crate) threads: Mutex<Option<Threads>>,
+    /// How the daemon is reached, by a forked child too.
+    route: Arc<Route>,
+    pub(crate) wanted: Arc<Wanted>,
+}
+
+/// The threads behind a pager.
+#[derive(Debug)]
+pub(crate) struct Threads {
+    pub(crate) agent: JoinHandle<()>,
+    pub(crate) herald: Herald,
 }
 
 impl Pager {
@@ -52,6 +64,8 @@ impl Pager {
             name: client_name(options.name.as_deref()),
             budget: options.budget.unwrap_or(0),
             user_mode_only: options.user_mode_only,
+            inherit: options.inherit,
+            group: options.group,
             disabled: disabled()?,
         };
         Self::start(Route::Sockets(connect::sockets(options.socket.as_deref())), wanted)
@@ -69,6 +83,8 @@ impl Pager {
             name: client_name(options.name.as_deref()),
             budget: options.budget,
             user_mode_only: options.user_mode_only,
+            inherit: options.inherit,
+            group: None,
             disabled: disabled()?,
         };
         Self::start(Route::Private(Box::new(Launch::new(options)?)), wanted)
@@ -119,7 +135,32 @@ impl Pager {
         &self.0.link
     }
 
+    pub(crate) fn inner(&self) -> &Arc<Inner> {
+        &self.0
+    }
+
+    /// Whether forked children have the regions.
+    pub(crate) fn inherits(&self) -> bool {
+        self.0.wanted.inherit
+    }
+
     fn start(route: Route, wanted: Wanted) -> Result<Self, Error> {
+        let _inside = own::enter();
+        let inner = Inner {
+            link: Arc::new(Link::new()),
+            threads: Mutex::new(None),
+            route: Arc::new(route),
+            wanted: Arc::new(wanted),
+        };
+        let threads = inner.start_threads(None)?;
+        *inner.threads.lock().unwrap_or_else(PoisonError::into_inner) = Some(threads);
+        Ok(Self(Arc::new(inner)))
+    }
+}
+
+impl Inner {
+    /// Starts the threads, in a forked child with the token of the fork. The agent holds this process's userfaultfd then.
+    pub(crate) fn start_threads(&self, child: Option<Token>) -> Result<Threads, Error> {
         let _inside = own::enter();
         let blocked = BlockedSignals::new()?;
         let failed = |error: std::io::Error| Error::System {
@@ -127,11 +168,12 @@ impl Pager {
             errno: error.raw_os_error().unwrap_or(0),
         };
         let herald = Herald::start().map_err(failed)?;
-        let link = Arc::new(Link::new());
-        let started = agent::start(Arc::clone(&link), herald.voice(), route, wanted);
+        let (link, route, wanted) = (&self.link, &self.route, &self.wanted);
+        let begin = Begin { route: Arc::clone(route), wanted: Arc::clone(wanted), child };
+        let started = agent::start(Arc::clone(link), herald.voice(), begin);
         drop(blocked);
         match started.map_err(failed).and_then(agent::Starting::wait) {
-            Ok(agent) => Ok(Self(Arc::new(Inner { link, threads: Some((agent, herald)) }))),
+            Ok(agent) => Ok(Threads { agent, herald }),
             Err(error) => {
                 herald.dismiss();
                 Err(error)
@@ -142,7 +184,8 @@ impl Pager {
 
 impl Drop for Inner {
     fn drop(&mut self) {
-        let Some((agent, herald)) = self.threads.take() else { return };
+        let threads = self.threads.get_mut().unwrap_or_else(PoisonError::into_inner).take();
+        let Some(Threads { agent, herald }) = threads else { return };
         if !self.link.is_owner() {
             // Neither thread exists in a forked child: their handles must not be touched.
             std::mem::forget(agent);

@@ -225,7 +225,7 @@ impl Region {
         pager.link().check()?;
         let mapped = len.next_multiple_of(PAGE_SIZE);
         let access = if commit { libc::PROT_READ | libc::PROT_WRITE } else { libc::PROT_NONE };
-        let base = sys::map_anonymous(mapped, access)
+        let base = sys::map_anonymous(mapped, access, pager.inherits())
             .map_err(|errno| Error::system("mapping addresses for a region", errno))?;
         let request = Request::Register(Register {
             addr: to_u64(base.as_ptr().expose_provenance()),

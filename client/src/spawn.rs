@@ -7,6 +7,7 @@ use std::fs::OpenOptions;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
+use std::process;
 use std::ptr;
 use std::sync::atomic::{AtomicI32, Ordering};
 
@@ -16,6 +17,7 @@ use nix::unistd::{AccessFlags, access};
 
 use crate::error::Error;
 use crate::options::{PrivateOptions, variable};
+use crate::sys;
 
 const STACK: usize = 64 * 1024;
 const LAST_SIGNAL: c_int = 64;
@@ -31,6 +33,8 @@ pub(crate) struct Launch {
     program: PathBuf,
     arguments: Vec<OsString>,
     log: Option<PathBuf>,
+    /// Where forked children find the daemon, if they are to. Nothing is left of it when the daemon has ended.
+    address: Option<PathBuf>,
 }
 
 impl Launch {
@@ -59,16 +63,36 @@ impl Launch {
             arguments.push("--user-mode-only".into());
         }
         let log = variable("FMALLOC_DAEMON_LOG").map(PathBuf::from);
-        Ok(Self { program, arguments, log })
+        let address = if options.inherit {
+            arguments.extend(["--private-owner".into(), process::id().to_string().into()]);
+            let random = sys::random().map_err(|errno| Error::system("getting a random number", errno))?;
+            Some(format!("@fmalloc-{}-{random:016x}", process::id()).into())
+        } else {
+            None
+        };
+        Ok(Self { program, arguments, log, address })
     }
 
-    /// Starts the daemon and gives this side of its only connection.
+    /// A connection to the daemon for a forked child.
+    ///
+    /// # Errors
+    /// [`Error::System`] where it is gone or out of reach.
+    pub(crate) fn reach_again(&self) -> Result<OwnedFd, Error> {
+        let connected = self.address.as_deref().map_or(Err(Errno::EINVAL), transport::connect);
+        connected.map_err(|errno| Error::system("connecting to the parent's private daemon", errno))
+    }
+
+    /// Starts the daemon and gives this side of its only connection, or of the first one if children may follow.
     ///
     /// # Errors
     /// [`Error::System`] where it could not be started.
     pub(crate) fn start(&self) -> Result<OwnedFd, Error> {
-        let (ours, theirs) =
-            transport::pair().map_err(|errno| Error::system("making a socket pair", errno))?;
+        let sockets = match &self.address {
+            None => transport::pair(),
+            Some(name) => transport::listen_abstract(name)
+                .and_then(|listening| Ok((transport::connect(name)?, listening))),
+        };
+        let (ours, theirs) = sockets.map_err(|errno| Error::system("making a socket pair", errno))?;
         let log = match &self.log {
             None => None,
             Some(path) => Some(OpenOptions::new().append(true).create(true).open(path).map_err(|error| {

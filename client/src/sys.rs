@@ -125,6 +125,11 @@ impl Uffd {
         }
     }
 
+    /// One that the daemon sent.
+    pub(crate) fn received(fd: OwnedFd) -> Self {
+        Self(fd)
+    }
+
     /// The API handshake; gives the features that the kernel has.
     pub(crate) fn handshake(&self, features: u64) -> Result<u64, Errno> {
         let mut request = raw::Handshake { api: API, features, ioctls: 0 };
@@ -259,6 +264,14 @@ pub(crate) fn leave_fd_table() -> Result<(), Errno> {
     Errno::result(outcome).map(drop)
 }
 
+/// A number that cannot be guessed.
+pub(crate) fn random() -> Result<u64, Errno> {
+    let mut bytes = [0; 8];
+    // SAFETY: the buffer is valid for its length; so few bytes come at once or not at all.
+    Errno::result(unsafe { libc::getrandom(bytes.as_mut_ptr().cast(), bytes.len(), 0) })?;
+    Ok(u64::from_ne_bytes(bytes))
+}
+
 /// Sends SIGURG to one thread of this process.
 pub(crate) fn nudge(process: u32, thread: i32) -> Result<(), Errno> {
     // SAFETY: takes numbers by value.
@@ -328,16 +341,17 @@ pub(crate) fn pointer(addr: u64) -> *mut c_void {
     std::ptr::with_exposed_provenance_mut(to_usize(addr))
 }
 
-/// Maps private anonymous memory without claiming swap of the kernel's; never inherited by a forked child, not part of
-/// core dumps, and in small pages.
-pub(crate) fn map_anonymous(len: usize, access: i32) -> Result<std::ptr::NonNull<u8>, Errno> {
+/// Maps private anonymous memory without claiming swap of the kernel's; not part of core dumps, in small pages, and
+/// inherited by a forked child only if that is wanted.
+pub(crate) fn map_anonymous(len: usize, access: i32, inherit: bool) -> Result<std::ptr::NonNull<u8>, Errno> {
     let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
     // SAFETY: a fresh mapping at an address of the kernel's choice touches nothing that exists.
     let base = unsafe { libc::mmap(std::ptr::null_mut(), len, access, flags, -1, 0) };
     if base == libc::MAP_FAILED {
         return Err(Errno::last());
     }
-    for advice in [libc::MADV_DONTFORK, libc::MADV_DONTDUMP, libc::MADV_NOHUGEPAGE] {
+    let fork = if inherit { libc::MADV_DOFORK } else { libc::MADV_DONTFORK };
+    for advice in [fork, libc::MADV_DONTDUMP, libc::MADV_NOHUGEPAGE] {
         // SAFETY: the mapping is ours, and none of these drops content.
         let outcome = Errno::result(unsafe { libc::madvise(base, len, advice) });
         // A kernel without huge pages does not know the last one.

@@ -6,6 +6,7 @@
 //! After that each packet is one frame: a number, a request id and a body (see [`codec`]).
 
 pub mod codec;
+pub mod groups;
 pub mod hello;
 pub mod limits;
 pub mod messages;

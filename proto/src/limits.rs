@@ -11,8 +11,8 @@ pub const VERSION_MAX: u16 = 1;
 /// Largest message in bytes, header included: a page of a long listing fits, a hostile peer cannot make the
 /// daemon hold more than this per connection.
 pub const MAX_MESSAGE: usize = 64 * 1024;
-/// Most file descriptors in one message: [`crate::messages::Opened`] carries four.
-pub const MAX_FDS: usize = 4;
+/// Most file descriptors in one message: [`crate::messages::Reply::Adopted`] carries five.
+pub const MAX_FDS: usize = 5;
 /// Longest client name or region label in bytes, as shown by `fmallocctl`.
 pub const MAX_NAME: usize = 64;
 /// Longest error text in bytes.

@@ -6,6 +6,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::codec::{self, CodecError, Message};
+use crate::groups::{Adopt, ForkPrepared, GroupStats, GroupToken, Ready, Token};
 
 /// Declares a numbered message enum: encoding, decoding and the number come from one table.
 macro_rules! numbered {
@@ -61,6 +62,14 @@ numbered! {
         10 Goodbye(Empty),
         /// Answered by [`Reply::Done`]: shows that the control plane lives.
         11 Ping(Empty),
+        /// This process is about to fork: claims swap for what the child inherits. Answered by [`Reply::ForkPrepared`].
+        12 PrepareFork(Empty),
+        /// The fork is over, or failed: then the claim goes back. Answered by [`Reply::Done`].
+        13 EndFork(Empty),
+        /// First request of a forked child, in the place of [`Request::Open`]. Answered by [`Reply::Adopted`].
+        14 Adopt(Adopt),
+        /// The child's agent can evict, in the place of [`Request::Attach`]. Answered by [`Reply::Done`].
+        15 Ready(Ready),
 
         /// The daemon's state. Answered by [`Reply::Status`].
         32 Status(Empty),
@@ -72,6 +81,11 @@ numbered! {
         35 Limit(Limit),
         /// Evicts from a client or region. Answered by [`Reply::Evicted`] when that much is out.
         36 Evict(Evict),
+        /// Makes a group with a budget for this process and whoever it gives the token to; the group lasts until the
+        /// process and all members have ended. Answered by [`Reply::Group`].
+        37 NewGroup(Budget),
+        /// What a group has done. Answered by [`Reply::GroupStats`].
+        38 GroupStats(GroupToken),
         /// Where the time of a client's faults goes. Answered by [`Reply::Latency`].
         48 Latency(ClientId),
     }
@@ -94,6 +108,10 @@ numbered! {
         6 Stats(ClientStats),
         /// Answer to [`Request::SetBudget`] and [`Request::Limit`]; also a notice when another changed it.
         7 Budget(Budget),
+        /// Answer to [`Request::PrepareFork`].
+        8 ForkPrepared(ForkPrepared),
+        /// Answer to [`Request::Adopt`]; carries fds: those of [`Reply::Opened`], with the child's userfaultfd in front.
+        9 Adopted(Opened),
         /// Answer to [`Request::Status`].
         32 Status(Box<Status>),
         /// Answer to [`Request::Clients`].
@@ -102,6 +120,10 @@ numbered! {
         34 Regions(RegionList),
         /// Answer to [`Request::Evict`].
         35 Evicted(Evicted),
+        /// Answer to [`Request::NewGroup`].
+        36 Group(GroupToken),
+        /// Answer to [`Request::GroupStats`].
+        37 GroupStats(Box<GroupStats>),
         /// Answer to [`Request::Latency`].
         48 Latency(LatencyList),
     }
@@ -121,6 +143,7 @@ impl Reply {
     pub fn fd_count(&self) -> usize {
         match self {
             Self::Opened(opened) => 3 + usize::from(opened.device),
+            Self::Adopted(opened) => 4 + usize::from(opened.device),
             _ => 0,
         }
     }
@@ -139,6 +162,8 @@ pub struct Open {
     pub budget: u64,
     /// The client accepts a userfaultfd that cannot serve system calls.
     pub user_mode_only: bool,
+    /// Joins this group, whose budget it shares: then `budget` means nothing.
+    pub group: Option<Token>,
 }
 
 /// Body of [`Reply::Opened`]. Fds, in this order: the ring's memfd, the eventfd that wakes the agent, the eventfd
@@ -165,6 +190,8 @@ pub struct Attach {
     /// The agent cannot move pages: it protects them against writes and remaps them to here. Its own remapping raises
     /// events, which the daemon knows by their target.
     pub staging: Option<Staging>,
+    /// Forked children shall have the regions too. Each fork is announced by [`Request::PrepareFork`].
+    pub inherit: bool,
 }
 
 /// Addresses that only the agent uses, in bytes; whole pages.
@@ -465,6 +492,10 @@ pub struct ClientRow {
     pub uid: u32,
     /// Name that the client gave.
     pub name: String,
+    /// The client that it was forked from, 0 if none.
+    pub parent: u64,
+    /// The group whose budget it shares: the number of the first member.
+    pub group: u64,
     /// What hinders it, empty if nothing does: for people.
     pub condition: String,
     /// Its kernel cannot move pages: they are evicted by write-protection, which is not safe against DMA in flight.

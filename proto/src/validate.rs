@@ -33,7 +33,7 @@ pub fn request(request: &Request) -> Result<(), Invalid> {
     match request {
         Request::Open(open) => {
             name(&open.name)?;
-            if open.budget == 0 { Ok(()) } else { budget(open.budget) }
+            if open.budget == 0 || open.group.is_some() { Ok(()) } else { budget(open.budget) }
         }
         Request::Register(register) => {
             name(&register.label)?;
@@ -49,13 +49,18 @@ pub fn request(request: &Request) -> Result<(), Invalid> {
         Request::Attach(Attach { staging: Some(staging), .. }) => {
             range(staging.addr, staging.len, MAX_ADDRESS)
         }
-        Request::SetBudget(wanted) => budget(wanted.bytes),
+        Request::SetBudget(wanted) | Request::NewGroup(wanted) => budget(wanted.bytes),
         Request::Limit(limit) => budget(limit.bytes),
         Request::Attach(_)
         | Request::Unregister(_)
         | Request::Stats(_)
         | Request::Goodbye(_)
         | Request::Ping(_)
+        | Request::PrepareFork(_)
+        | Request::EndFork(_)
+        | Request::Adopt(_)
+        | Request::Ready(_)
+        | Request::GroupStats(_)
         | Request::Status(_)
         | Request::Clients(_)
         | Request::Regions(_)

@@ -48,8 +48,11 @@ fn every_message_round_trips() {
 
 #[test]
 fn numbers_are_unique_and_stay() {
-    assert_eq!(Request::NUMBERS, [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 32, 33, 34, 35, 36]);
-    assert_eq!(Reply::NUMBERS, [1, 2, 3, 4, 5, 6, 7, 32, 33, 34, 35]);
+    assert_eq!(
+        Request::NUMBERS,
+        [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 32, 33, 34, 35, 36, 37, 38, 48]
+    );
+    assert_eq!(Reply::NUMBERS, [1, 2, 3, 4, 5, 6, 7, 8, 9, 32, 33, 34, 35, 36, 37, 48]);
 }
 
 #[test]
@@ -143,6 +146,8 @@ fn fullest_listing_fits_into_a_message() {
         pid: u32::MAX,
         uid: u32::MAX,
         name: "n".repeat(MAX_NAME),
+        parent: u64::MAX,
+        group: u64::MAX,
         condition: "c".repeat(256),
         write_protect: true,
         regions: u32::MAX,

@@ -8,7 +8,7 @@ use fmalloc_proto::messages::{
 use fmalloc_proto::validate::{Invalid, request};
 
 fn open(name: &str, budget: u64) -> Request {
-    Request::Open(Open { name: name.into(), budget, user_mode_only: false })
+    Request::Open(Open { name: name.into(), budget, user_mode_only: false, group: None })
 }
 
 fn register(addr: u64, len: u64, label: &str) -> Request {
@@ -98,8 +98,13 @@ fn ranges_that_make_no_sense_are_refused() {
 
 #[test]
 fn staging_areas_are_whole_pages_of_the_user() {
-    let attach =
-        |addr, len| request(&Request::Attach(Attach { agent_tid: 1, staging: Some(Staging { addr, len }) }));
+    let attach = |addr, len| {
+        request(&Request::Attach(Attach {
+            agent_tid: 1,
+            staging: Some(Staging { addr, len }),
+            inherit: false,
+        }))
+    };
     assert_eq!(attach(PAGE, 64 * PAGE), Ok(()));
     for (addr, len) in
         [(PAGE, 0), (PAGE + 1, PAGE), (PAGE, 1), (MAX_ADDRESS, PAGE), (PAGE, u64::MAX - PAGE + 1)]
@@ -111,7 +116,7 @@ fn staging_areas_are_whole_pages_of_the_user() {
 #[test]
 fn requests_that_depend_on_state_alone_are_accepted() {
     for message in [
-        Request::Attach(Attach { agent_tid: 0, staging: None }),
+        Request::Attach(Attach { agent_tid: 0, staging: None, inherit: false }),
         Request::Unregister(RegionId { region: u32::MAX }),
         Request::Stats(Empty {}),
         Request::Goodbye(Empty {}),

@@ -3,7 +3,7 @@
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, TryLockError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::thread::{self, Thread};
 use std::time::Duration;
 
@@ -44,7 +44,24 @@ struct Content {
 #[derive(Debug)]
 pub(crate) struct Mailbox(Mutex<Content>);
 
+/// The mailbox in one thread's hands: nobody puts anything in meanwhile.
+#[derive(Debug)]
+pub(crate) struct Held<'a>(MutexGuard<'a, Content>);
+
+impl Held<'_> {
+    /// Throws away what is inside, whose senders do not exist in this process.
+    pub(crate) fn clear(&mut self) {
+        std::mem::forget(std::mem::take(&mut self.0.jobs));
+        std::mem::forget(self.0.end.take());
+    }
+}
+
 impl Mailbox {
+    /// Takes it for the time of a fork, so that the child does not find it in the middle of something.
+    pub(crate) fn hold(&self) -> Held<'_> {
+        Held(self.0.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
     pub(crate) fn new() -> Self {
         Self(Mutex::new(Content { jobs: VecDeque::new(), end: None, open: true }))
     }

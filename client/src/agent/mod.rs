@@ -25,6 +25,7 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 use std::{io, mem};
 
+use fmalloc_proto::groups::Token;
 use fmalloc_proto::limits::PAGE;
 use fmalloc_proto::messages::Staging;
 use fmalloc_proto::num::to_u64;
@@ -53,6 +54,8 @@ use crate::sys::{self, Uffd};
 const STACK: usize = 256 * 1024;
 /// When to look again into a mailbox that was in use.
 const SOON: Duration = Duration::from_millis(1);
+/// How long to do nothing but move pages before looking whether that is still wanted.
+const QUIET: Duration = Duration::from_millis(10);
 /// How long to leave a signal alone that was meant for the application.
 const ASIDE: Duration = Duration::from_millis(10);
 
@@ -70,24 +73,45 @@ impl Starting {
     }
 }
 
+/// What an agent begins with.
+#[derive(Debug)]
+pub(crate) struct Begin {
+    /// Where the daemon is.
+    pub(crate) route: Arc<Route>,
+    /// What to ask it for.
+    pub(crate) wanted: Arc<Wanted>,
+    /// In a forked child: what the parent was given for it.
+    pub(crate) child: Option<Token>,
+}
+
 /// Starts the thread; the caller has all signals blocked.
-pub(crate) fn start(link: Arc<Link>, voice: Voice, route: Route, wanted: Wanted) -> io::Result<Starting> {
+pub(crate) fn start(link: Arc<Link>, voice: Voice, begin: Begin) -> io::Result<Starting> {
     let (sender, outcome) = channel();
     let thread = thread::Builder::new()
         .name("fmalloc-agent".to_owned())
         .stack_size(STACK)
-        .spawn(move || live(link, voice, &route, &wanted, &sender))?;
+        .spawn(move || live(link, voice, &begin, &sender))?;
     Ok(Starting { thread, outcome })
 }
 
 /// The whole life of the thread.
-fn live(link: Arc<Link>, voice: Voice, route: &Route, wanted: &Wanted, started: &Sender<Result<(), Error>>) {
+fn live(link: Arc<Link>, voice: Voice, begin: &Begin, started: &Sender<Result<(), Error>>) {
     own::on_own_thread();
-    let mut agent = match Agent::connect(link, voice, route, wanted) {
+    let mut inherited = None;
+    let mut agent = match Agent::connect(&link, voice, begin, &mut inherited, started) {
         Ok(agent) => agent,
         Err(error) => {
-            let _ = started.send(Err(error));
-            return;
+            let Some(uffd) = inherited else {
+                let _ = started.send(Err(error));
+                return;
+            };
+            // A forked child that runs already: faults are served, and nothing is evicted.
+            link.health.fail(Health::AgentFailed);
+            link.mailbox.close();
+            mem::forget(uffd);
+            loop {
+                thread::park();
+            }
         }
     };
     let _ = started.send(Ok(()));
@@ -130,7 +154,15 @@ enum Evictions {
 }
 
 impl Agent {
-    fn connect(link: Arc<Link>, voice: Voice, route: &Route, wanted: &Wanted) -> Result<Self, Error> {
+    /// In a forked child the parent's memory goes on as soon as its userfaultfd is `inherited`, which is `started`.
+    fn connect(
+        link: &Arc<Link>,
+        voice: Voice,
+        begin: &Begin,
+        inherited: &mut Option<Uffd>,
+        started: &Sender<Result<(), Error>>,
+    ) -> Result<Self, Error> {
+        let Begin { route, wanted, child } = begin;
         own_fd_table()?;
         link.agent.store(sys::thread_id(), Ordering::Release);
         let mut mask = SigSet::empty();
@@ -138,33 +170,53 @@ impl Agent {
         let signal = SignalFd::with_flags(&mask, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)
             .map_err(|errno| Error::system("making a signalfd", errno))?;
 
-        let socket = connect::reach(route)?;
+        let socket = connect::reach(route, child.is_some())?;
         connect::greet(socket.as_fd())?;
-        let opening = connect::open(socket.as_fd(), wanted)?;
+        let (opening, uffd) = match child {
+            None => (connect::open(socket.as_fd(), wanted)?, None),
+            Some(token) => {
+                let (opening, uffd) = connect::adopt(socket.as_fd(), *token)?;
+                (opening, Some(uffd))
+            }
+        };
+        link.client.store(opening.opened.client, Ordering::Relaxed);
+        link.budget.store(opening.opened.budget, Ordering::Relaxed);
+        let duplicate =
+            |uffd: &Uffd| uffd.try_clone().map_err(|errno| Error::system("duplicating a descriptor", errno));
+        if let Some(uffd) = &uffd {
+            *inherited = Some(duplicate(uffd)?);
+            let _ = started.send(Ok(()));
+        }
         keep_from_children(&opening.ring);
         let make_uffd = || connect::make_uffd(opening.device.as_ref(), wanted.user_mode_only);
-        let uffd = make_uffd()?;
+        let (uffd, is_child) = match uffd {
+            Some(uffd) => (uffd, true),
+            None => (make_uffd()?, false),
+        };
         let method = choose_method(make_uffd, opening.ring.layout(), wanted.disabled.move_pages)?;
         let staging = match &method {
             Method::Move(_) => None,
             Method::Remap(remapper) => Some(remapper.span()).map(|(addr, len)| Staging { addr, len }),
         };
-        connect::attach(socket.as_fd(), &uffd, staging)?;
-        link.client.store(opening.opened.client, Ordering::Relaxed);
-        link.budget.store(opening.opened.budget, Ordering::Relaxed);
+        if is_child {
+            connect::ready(socket.as_fd())?;
+        } else {
+            connect::attach(socket.as_fd(), &uffd, staging, wanted.inherit)?;
+        }
         let control = Control::new(socket).map_err(|errno| Error::system("setting up the socket", errno))?;
-        let held = uffd.try_clone().map_err(|errno| Error::system("duplicating a descriptor", errno))?;
+        let held = duplicate(&uffd)?;
         let evictor = Evictor::new(opening.ring, method, uffd);
         let evictions = if staging.is_none() {
             Evictions::Own(Box::new(evictor), opening.agent_bell, opening.daemon_bell)
         } else {
             let bells = (opening.agent_bell, opening.daemon_bell);
-            let aide = Aide::start(Arc::clone(&link), evictor, bells).map_err(|error| Error::System {
+            let aide = Aide::start(Arc::clone(link), evictor, bells).map_err(|error| Error::System {
                 what: "starting a thread of fmalloc".to_owned(),
                 errno: error.raw_os_error().unwrap_or(0),
             })?;
             Evictions::Aide(Some(aide), held)
         };
+        let link = Arc::clone(link);
         Ok(Self { link, voice, control: Some(control), evictions, signal, aside: false })
     }
 
@@ -172,6 +224,9 @@ impl Agent {
     fn run(&mut self) -> Waiter {
         let mut again = false;
         loop {
+            while self.link.is_silenced() {
+                self.serve_silently();
+            }
             let control = self.control.as_ref();
             let blocked = control.is_some_and(Control::is_blocked);
             let events = if blocked { libc::POLLIN | libc::POLLOUT } else { libc::POLLIN };
@@ -233,6 +288,35 @@ impl Agent {
             if let Ok(end) = self.link.mailbox.take_end() {
                 return end;
             }
+        }
+    }
+
+    /// A thread forks, and holds the allocator's locks: nothing but what moves pages, which allocates nothing.
+    fn serve_silently(&mut self) {
+        let bell = match (&self.evictions, &self.control) {
+            (Evictions::Own(_, bell, _), Some(_)) => Some(bell.as_fd()),
+            _ => None,
+        };
+        let control = self.control.as_ref().filter(|_| self.link.health.get() == Health::Ok);
+        let mut fds = [
+            sys::watch(bell, libc::POLLIN),
+            sys::watch((!self.aside).then(|| self.signal.as_fd()), libc::POLLIN),
+            // Tells of its end without being asked.
+            sys::watch(control.map(Control::fd), 0),
+        ];
+        let timeout = if mem::take(&mut self.aside) { ASIDE } else { QUIET };
+        let _ = sys::poll(&mut fds, Some(timeout));
+        let [bell, signal, gone] = fds.map(|fd| fd.revents != 0);
+        if gone {
+            // The fork waits for ever. The rest is seen to if it should end.
+            self.link.health.fail(Health::DaemonGone);
+            self.voice.daemon_gone();
+        }
+        if bell {
+            self.serve_ring();
+        }
+        if signal {
+            self.read_signal();
         }
     }
 

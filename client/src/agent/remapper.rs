@@ -79,7 +79,7 @@ impl Remapper {
         let memory = file("/proc/self/mem").map_err(|_| lacks("reading /proc/self/mem"))?;
         let pagemap = file("/proc/self/pagemap").map_err(|_| lacks("reading /proc/self/pagemap"))?;
         let area_len = u64::from(layout.batch_pages()) * PAGE;
-        let base = sys::map_anonymous(to_usize(area_len * AREAS), libc::PROT_READ | libc::PROT_WRITE)
+        let base = sys::map_anonymous(to_usize(area_len * AREAS), libc::PROT_READ | libc::PROT_WRITE, false)
             .map_err(failed("mapping the staging area"))?;
         let base = to_u64(base.as_ptr().expose_provenance());
         let this = Self { base, area_len, area: 0, spoilt: false, memory, pagemap, quit: Arc::default() };

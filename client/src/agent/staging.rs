@@ -33,7 +33,7 @@ impl Staging {
     pub(crate) fn map(layout: Layout) -> Result<Self, Errno> {
         let areas = layout.batches() + SPARE;
         let len = area_len(layout.batch_pages()) * u64::from(areas);
-        let base = sys::map_anonymous(to_usize(len), libc::PROT_READ | libc::PROT_WRITE)?;
+        let base = sys::map_anonymous(to_usize(len), libc::PROT_READ | libc::PROT_WRITE, false)?;
         base.as_ptr().expose_provenance();
         let area_of = (0..layout.batches()).collect();
         Ok(Self { base, batch_pages: layout.batch_pages(), areas, area_of, fresh: layout.batches() })

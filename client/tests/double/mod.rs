@@ -157,6 +157,7 @@ impl Double {
             budget: Some(BUDGET),
             name: Some("test".to_owned()),
             user_mode_only,
+            ..ConnectOptions::default()
         }
     }
 

@@ -5,14 +5,14 @@ use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::rc::Rc;
 
-use fmalloc_proto::PAGE;
-use fmalloc_proto::messages::{Budget, ClientRow, ClientStats, ErrorCode, Failure, LatencyList, Reply};
-use fmalloc_proto::size::Size;
-use tokio::sync::{Mutex, oneshot};
+use fmalloc_proto::groups::Token;
+use fmalloc_proto::messages::{ClientRow, ClientStats, ErrorCode, Failure, LatencyList, Reply};
+use tokio::sync::oneshot;
 
+use super::Daemon;
 use super::auth::Peer;
 use super::connection::{Connection, failure};
-use super::pool::Grant;
+use super::family::{self, Family};
 use crate::fault::handle::Answer;
 use crate::fault::{Command, Handle};
 
@@ -30,10 +30,16 @@ pub(crate) async fn answer<T>(awaited: Awaited<T>) -> Result<T, Failure> {
 #[derive(Debug)]
 pub(crate) struct Client {
     pub(crate) number: u64,
-    pub(crate) peer: Peer,
+    /// The client that it was forked from, 0 if none.
+    pub(crate) parent: u64,
     pub(crate) name: String,
-    pub(crate) grant: Grant,
-    pub(crate) connection: Rc<Connection>,
+    /// Those with whom it shares its budget.
+    pub(crate) family: Rc<Family>,
+    /// A fork that it has announced.
+    pub(crate) fork: Cell<Option<Token>>,
+    /// For a forked child that has not connected yet: its parent, with no process id.
+    peer: RefCell<Peer>,
+    connection: RefCell<Option<Rc<Connection>>>,
     /// Regions that it has, or will have if a request under way succeeds. Counted here, as the figures of the fault
     /// thread may be a moment old.
     pub(crate) regions: Cell<u32>,
@@ -41,11 +47,37 @@ pub(crate) struct Client {
     pub(crate) ending: Cell<bool>,
     /// None until it is attached.
     handle: RefCell<Option<Handle>>,
-    /// Held while the budget changes, so that the books and the fault thread never disagree on the order.
-    budget_change: Mutex<()>,
 }
 
 impl Client {
+    /// Who it is.
+    pub(crate) fn peer(&self) -> Peer {
+        self.peer.borrow().clone()
+    }
+
+    /// Process id, 0 if it is not known.
+    pub(crate) fn pid(&self) -> i32 {
+        self.peer.borrow().pid
+    }
+
+    /// User id.
+    pub(crate) fn uid(&self) -> u32 {
+        self.peer.borrow().uid
+    }
+
+    /// A forked child has connected.
+    pub(crate) fn connect(&self, peer: Peer, connection: Rc<Connection>) {
+        self.peer.replace(peer);
+        self.connection.replace(Some(connection));
+    }
+
+    /// Adds its figures to a sum, unless they are in there because it has ended.
+    pub(crate) fn add_to(&self, sum: &mut ClientStats) {
+        if let Some(handle) = self.handle.borrow().as_ref().filter(|handle| !handle.stats.ended()) {
+            family::add(sum, &handle.stats.snapshot());
+        }
+    }
+
     pub(crate) fn attach(&self, handle: Handle) {
         *self.handle.borrow_mut() = Some(handle);
     }
@@ -83,8 +115,12 @@ impl Client {
 
     pub(crate) fn stats(&self) -> ClientStats {
         match self.handle.borrow().as_ref() {
+            // Of a shared budget a client has more or less at any moment.
+            Some(handle) if self.family.shared.is_shared() => {
+                ClientStats { budget_bytes: self.family.bytes(), ..handle.stats.snapshot() }
+            }
             Some(handle) => handle.stats.snapshot(),
-            None => ClientStats { budget_bytes: self.grant.bytes(), ..ClientStats::default() },
+            None => ClientStats { budget_bytes: self.family.bytes(), ..ClientStats::default() },
         }
     }
 
@@ -106,8 +142,10 @@ impl Client {
         };
         ClientRow {
             client: self.number,
-            pid: u32::try_from(self.peer.pid).unwrap_or(0),
-            uid: self.peer.uid,
+            pid: u32::try_from(self.pid()).unwrap_or(0),
+            uid: self.uid(),
+            parent: self.parent,
+            group: self.family.number(),
             name: self.name.clone(),
             condition: condition.to_owned(),
             write_protect: handle.as_ref().is_some_and(|handle| handle.write_protect),
@@ -116,53 +154,23 @@ impl Client {
         }
     }
 
-    /// Changes the budget: the pool's books go first when it grows and last when it shrinks, so that the sum of what
-    /// clients hold never exceeds the pool. A client that cannot get within a smaller budget keeps the one it had.
+    /// Changes the budget of the client's family.
     pub(crate) async fn set_budget(&self, bytes: u64) -> Result<(), Failure> {
-        let _changing = self.budget_change.lock().await;
-        let before = self.grant.bytes();
-        let pool_full = |error: super::pool::PoolFull| failure(ErrorCode::PoolFull, error);
-        if bytes > before {
-            self.grant.set(bytes).map_err(pool_full)?;
-        }
-        let result = self.move_to_budget(bytes).await;
-        if result.is_err() {
-            // No answer means that it has ended; nothing is left to put right then.
-            let _ = answer(self.ask(|answer| Command::SetBudget { bytes: before, answer })).await;
-        }
-        let agreed = if result.is_ok() { bytes } else { before };
-        let booked = self.grant.set(agreed).map_err(pool_full);
-        result.and(booked)
+        self.family.set_budget(bytes).await
     }
 
-    /// Has the fault thread work towards a budget for as long as it makes progress.
-    async fn move_to_budget(&self, bytes: u64) -> Result<(), Failure> {
-        let mut last = u64::MAX;
-        loop {
-            answer(self.ask(|answer| Command::SetBudget { bytes, answer })).await?;
-            let stats = self.stats();
-            let held = stats.resident_pages.saturating_mul(PAGE).saturating_add(stats.overhead_bytes);
-            if held <= bytes {
-                return Ok(());
-            }
-            if held >= last {
-                let stuck = Size(stats.unevictable_pages.saturating_mul(PAGE));
-                let text = format!(
-                    "client {} holds {} and cannot get down to {} for now ({stuck} of it cannot be evicted); \
-                     its budget stays",
-                    self.number,
-                    Size(held),
-                    Size(bytes)
-                );
-                return Err(failure(ErrorCode::System, text));
-            }
-            last = held;
+    /// Sends what nobody asked for, if the client has a connection.
+    pub(crate) fn notice(&self, reply: &Reply) {
+        if let Some(connection) = self.connection.borrow().as_ref() {
+            connection.notice(reply);
         }
     }
 
-    /// Tells the client about a budget that another has set.
-    pub(crate) fn notify_budget(&self) {
-        self.connection.notice(&Reply::Budget(Budget { bytes: self.grant.bytes() }));
+    /// Ends the client's connection.
+    pub(crate) fn hang_up(&self) {
+        if let Some(connection) = self.connection.borrow().as_ref() {
+            connection.end();
+        }
     }
 }
 
@@ -174,34 +182,62 @@ pub(crate) struct Clients {
 }
 
 impl Clients {
+    /// A number that no client has had.
+    pub(crate) fn next_number(&self) -> u64 {
+        let number = self.last.get() + 1;
+        self.last.set(number);
+        number
+    }
+
     /// Enters a client under the next number.
     pub(crate) fn enter(
         &self,
         peer: Peer,
         name: String,
-        grant: Grant,
+        family: Rc<Family>,
         connection: Rc<Connection>,
     ) -> Rc<Client> {
-        let number = self.last.get() + 1;
-        self.last.set(number);
-        let client = Rc::new(Client {
-            number,
-            peer,
+        let client = Client {
+            number: self.next_number(),
+            parent: 0,
             name,
-            grant,
-            connection,
+            family,
+            fork: Cell::new(None),
+            peer: RefCell::new(peer),
+            connection: RefCell::new(Some(connection)),
             regions: Cell::new(0),
             ending: Cell::new(false),
             handle: RefCell::new(None),
-            budget_change: Mutex::new(()),
-        });
-        self.entries.borrow_mut().insert(number, Rc::clone(&client));
+        };
+        self.add(client)
+    }
+
+    /// Enters a forked child.
+    pub(crate) fn enter_child(&self, number: u64, parent: &Client) -> Rc<Client> {
+        self.add(Client {
+            number,
+            parent: parent.number,
+            name: parent.name.clone(),
+            family: Rc::clone(&parent.family),
+            fork: Cell::new(None),
+            peer: RefCell::new(Peer { pid: 0, ..parent.peer() }),
+            connection: RefCell::new(None),
+            regions: Cell::new(0),
+            ending: Cell::new(false),
+            handle: RefCell::new(None),
+        })
+    }
+
+    fn add(&self, client: Client) -> Rc<Client> {
+        let client = Rc::new(client);
+        client.family.enter(&client);
+        self.entries.borrow_mut().insert(client.number, Rc::clone(&client));
         client
     }
 
-    /// Takes a client off the list and gives its grant back.
-    pub(crate) fn remove(&self, client: &Client) {
-        client.grant.end();
+    /// Takes a client off the list and out of its family.
+    pub(crate) fn remove(&self, daemon: &Daemon, client: &Client) {
+        client.family.leave(daemon, client);
         self.entries.borrow_mut().remove(&client.number);
     }
 
@@ -214,7 +250,7 @@ impl Clients {
     }
 
     pub(crate) fn of_uid(&self, uid: u32) -> usize {
-        self.entries.borrow().values().filter(|client| client.peer.uid == uid).count()
+        self.entries.borrow().values().filter(|client| client.uid() == uid).count()
     }
 
     pub(crate) fn any_ending(&self) -> bool {

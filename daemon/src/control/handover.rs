@@ -27,6 +27,16 @@ impl Handover {
         Ok(Self { ring: make_ring(layout)?, agent_doorbell: doorbell()?, daemon_doorbell: doorbell()? })
     }
 
+    /// The doorbells once more: the agent's, the daemon's.
+    pub(crate) fn bells(&self) -> io::Result<(EventFd, EventFd)> {
+        let copy = |bell: &EventFd| {
+            let fd = bell.as_fd().try_clone_to_owned()?;
+            // SAFETY: it is a descriptor of an eventfd, and ours.
+            Ok::<_, io::Error>(unsafe { EventFd::from_owned_fd(fd) })
+        };
+        Ok((copy(&self.agent_doorbell)?, copy(&self.daemon_doorbell)?))
+    }
+
     /// In the order of [`fmalloc_proto::messages::Opened`].
     pub(crate) fn fds<'a>(&'a self, device: Option<&'a File>) -> Vec<BorrowedFd<'a>> {
         let mut fds = vec![self.ring.as_fd(), self.agent_doorbell.as_fd(), self.daemon_doorbell.as_fd()];

@@ -5,12 +5,15 @@
 //! - `connection`: messages on one connection; `auth`: who is at its other end.
 //! - `session`: the life of a paging client; `clients`: the list of them; `handover`: the fds they get.
 //! - `operator`: requests of `fmallocctl`.
+//! - `children`: forked children; `family`: clients with one budget.
 //! - `pool`: the books of the RAM pool; `cgroup`: what a client's container can bear.
 
 mod auth;
 pub(crate) mod cgroup;
+mod children;
 mod clients;
 mod connection;
+mod family;
 mod handover;
 mod listener;
 mod operator;
@@ -33,17 +36,21 @@ use fmalloc_proto::size::Size;
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::socket::{SockType, UnixAddr, getsockname, getsockopt, sockopt};
-use tokio::task::LocalSet;
+use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
+use tokio::task::{LocalSet, spawn_local};
 use tracing::{error, info, warn};
 
 use crate::config::{Config, Limits, Mode, Service, make_directory_of};
+use crate::fault::Birth;
 use crate::fault::reactor::Interposer;
 use crate::service::reload::{Reloaded, Reloader};
 use crate::service::{self, Inherited, memory};
 use crate::swap::{Swap, SwapFile};
 use auth::{Peer, Policy};
+use children::Nursery;
 use clients::Clients;
 use connection::{Connection, RecvError, failure};
+use family::Families;
 use listener::Listener;
 use pool::Pool;
 use server::Owner;
@@ -67,6 +74,10 @@ struct Daemon {
     swap: Arc<Swap>,
     pool: Rc<Pool>,
     clients: Clients,
+    families: Families,
+    nursery: Nursery,
+    /// Where fault threads deliver forked children.
+    births: UnboundedSender<Birth>,
     throttle: Throttle,
     draining: Cell<bool>,
     started: Instant,
@@ -114,12 +125,14 @@ pub fn run_interposed(
     let mut swap = Swap::new(open_swap(&config)?)?;
     swap.interposer = interposer;
     let swap = Arc::new(swap);
-    let daemon = Rc::new(Daemon::new(config, reloader, swap));
+    let (births, delivered) = unbounded_channel();
+    let daemon = Rc::new(Daemon::new(config, reloader, swap, births));
     daemon.log_start();
 
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let tasks = LocalSet::new();
     let result = tasks.block_on(&runtime, async {
+        spawn_local(children::receive(Rc::clone(&daemon), delivered));
         match (&daemon.config().mode, private_socket) {
             (Mode::Service(service), _) => {
                 let listener = match inherited {
@@ -222,13 +235,16 @@ fn policy(config: &Config) -> Policy {
 }
 
 impl Daemon {
-    fn new(config: Config, reloader: Reloader, swap: Arc<Swap>) -> Self {
+    fn new(config: Config, reloader: Reloader, swap: Arc<Swap>, births: UnboundedSender<Birth>) -> Self {
         Self {
             policy: RefCell::new(policy(&config)),
             reloader,
             swap,
             pool: Pool::new(config.pool),
             clients: Clients::default(),
+            families: Families::default(),
+            nursery: Nursery::default(),
+            births,
             throttle: Throttle::new(),
             draining: Cell::new(false),
             started: Instant::now(),

@@ -4,6 +4,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use fmalloc_proto::PAGE;
+use fmalloc_proto::groups::GroupToken;
 use fmalloc_proto::limits::MAX_ROWS;
 use fmalloc_proto::messages::{
     Budget, ClientList, Empty, ErrorCode, Evict, Evicted, Failure, Limit, Page, RegionList, RegionsQuery,
@@ -17,6 +18,7 @@ use tracing::info;
 use super::auth::Peer;
 use super::clients::{Client, answer};
 use super::connection::{Connection, RecvError, failure};
+use super::family::Families;
 use super::session::{Pending, answer_later, check_budget, next, now};
 use super::{Daemon, MAX_OUTSTANDING};
 use crate::fault::Command;
@@ -29,7 +31,7 @@ pub(crate) async fn run(daemon: Rc<Daemon>, connection: Rc<Connection>, peer: Pe
             Ok(next) => next,
             Err(error) => break error,
         };
-        match dispatch(&daemon, &peer, incoming.request) {
+        match dispatch(&daemon, &connection, &peer, incoming.request) {
             Ok(pending) => answer_later(&connection, incoming.id, pending, permit),
             Err(text) => break RecvError::violation(incoming.id, text),
         }
@@ -39,7 +41,12 @@ pub(crate) async fn run(daemon: Rc<Daemon>, connection: Rc<Connection>, peer: Pe
 }
 
 /// Starts on a request; an error is a breach of the protocol.
-fn dispatch(daemon: &Rc<Daemon>, peer: &Peer, request: Request) -> Result<Pending, &'static str> {
+fn dispatch(
+    daemon: &Rc<Daemon>,
+    connection: &Connection,
+    peer: &Peer,
+    request: Request,
+) -> Result<Pending, &'static str> {
     if let Err(error) = validate::request(&request) {
         return Ok(now(Reply::Error(failure(ErrorCode::Invalid, error))));
     }
@@ -53,13 +60,18 @@ fn dispatch(daemon: &Rc<Daemon>, peer: &Peer, request: Request) -> Result<Pendin
         Request::Latency(which) => {
             find(daemon, peer, which.client).map(|client| now(Reply::Latency(client.latency())))
         }
+        Request::NewGroup(Budget { bytes }) => Families::make(daemon, connection, peer, bytes)
+            .map(|token| now(Reply::Group(GroupToken { token }))),
+        Request::GroupStats(GroupToken { token }) => {
+            daemon.families.stats(token).map(|stats| now(Reply::GroupStats(Box::new(stats))))
+        }
         _ => return Err("this is a control connection; a paging client needs one of its own"),
     };
     Ok(result.unwrap_or_else(|failure| now(Reply::Error(failure))))
 }
 
 fn may_see(daemon: &Daemon, peer: &Peer, client: &Client) -> bool {
-    daemon.policy().is_administrator(peer) || client.peer.uid == peer.uid
+    daemon.policy().is_administrator(peer) || client.uid() == peer.uid
 }
 
 fn find(daemon: &Daemon, peer: &Peer, number: u64) -> Result<Rc<Client>, Failure> {
@@ -104,7 +116,7 @@ fn start_limit(daemon: &Rc<Daemon>, peer: &Peer, limit: Limit) -> Result<Pending
         if let Err(failure) = client.set_budget(bytes).await {
             return Reply::Error(failure);
         }
-        client.notify_budget();
+        client.family.notify_budget();
         if daemon.throttle.allows() {
             info!(client = client.number, by_uid = uid, budget = %Size(bytes), "budget changed");
         }

@@ -293,7 +293,7 @@ impl<'a> Drain<'a> {
         info!("{name}: no new clients; {} clients hold memory, a second signal ends at once", holders.len());
         for client in &holders {
             let swapped = Size(client.stats().swapped_pages.saturating_mul(PAGE));
-            info!(client = client.number, pid = client.peer.pid, name = client.name, %swapped, "waiting for client");
+            info!(client = client.number, pid = client.pid(), name = client.name, %swapped, "waiting for client");
         }
         holders.is_empty()
     }

@@ -23,11 +23,14 @@ use tokio::time::{MissedTickBehavior, interval, sleep, timeout};
 use tracing::{error, info, warn};
 
 use super::auth::{self, Peer};
+use super::children;
 use super::clients::{Client, answer};
 use super::connection::{Connection, Incoming, RecvError, failure, watch};
+use super::family::Family;
 use super::handover::{self, Handover};
 use super::{Daemon, HANDSHAKE, MAX_OUTSTANDING, cgroup};
 use crate::fault::{self, Command, Setup, thread::ring_layout};
+use crate::pager::Sizes;
 
 /// Between Open and Attach a client only makes a userfaultfd, on a machine that may be busy; meanwhile it holds a
 /// grant.
@@ -46,7 +49,7 @@ const ENDING_TIME: Duration = Duration::from_secs(2);
 pub(crate) type Pending = Pin<Box<dyn Future<Output = Reply>>>;
 
 /// How a client's service ends.
-enum End {
+pub(crate) enum End {
     /// The process has ended.
     Exited,
     /// The connection has ended; the process may live on.
@@ -64,9 +67,15 @@ pub(crate) async fn run(daemon: Rc<Daemon>, connection: Rc<Connection>, peer: Pe
         Ok(Err(error)) => return daemon.reject(&connection, &peer, error).await,
         Err(_) => return,
     };
-    let Request::Open(open) = first.request else {
-        let error = RecvError::violation(first.id, "the first request must be Open");
-        return daemon.reject(&connection, &peer, error).await;
+    let open = match first.request {
+        Request::Open(open) => open,
+        Request::Adopt(adopt) => {
+            return children::adopt(&daemon, &connection, peer, first.id, adopt.token).await;
+        }
+        _ => {
+            let error = RecvError::violation(first.id, "the first request must be Open or Adopt");
+            return daemon.reject(&connection, &peer, error).await;
+        }
     };
     let since = Instant::now();
     let admitted = loop {
@@ -91,7 +100,7 @@ pub(crate) async fn run(daemon: Rc<Daemon>, connection: Rc<Connection>, peer: Pe
     };
     let client = Rc::clone(&opened.client);
     let (end, exit) = serve(&daemon, &connection, first.id, opened).await;
-    finish(&daemon, &client, &end, &exit).await;
+    finish(&daemon, &client, &end, Some(&exit)).await;
     if let End::Goodbye(id) = end {
         let _ = timeout(HANDSHAKE, connection.reply(id, &Reply::Done(Empty {}), &[])).await;
     }
@@ -105,6 +114,8 @@ struct Admitted {
     handover: Handover,
     layout: Layout,
     device: Option<File>,
+    /// Its family was there before.
+    joins: bool,
 }
 
 fn admit(
@@ -133,19 +144,33 @@ fn admit(
     let exit = auth::pidfd(connection.as_fd(), peer, daemon.config().features.peer_pidfd)
         .map_err(|error| system("watch your process", error.into()))?;
     let exit = watch(exit).map_err(|error| system("watch your process", error))?;
-    let budget = if open.budget == 0 { default_budget(daemon, peer) } else { open.budget };
-    check_budget(budget, daemon.config().max_budget)?;
-    let grant = daemon.pool.grant(budget).map_err(|error| failure(ErrorCode::PoolFull, error))?;
-    let layout = ring_layout(budget);
+    let family = match open.group {
+        Some(token) => daemon.families.find(token)?,
+        None => {
+            let budget = if open.budget == 0 { default_budget(daemon, peer) } else { open.budget };
+            check_budget(budget, daemon.config().max_budget)?;
+            let grant = daemon.pool.grant(budget).map_err(|error| failure(ErrorCode::PoolFull, error))?;
+            Family::new(grant)
+        }
+    };
+    let layout = match open.group {
+        Some(_) => ring_layout((family.bytes() / 16).max(MIN_BUDGET)),
+        None => ring_layout(family.bytes()),
+    };
+    if open.group.is_some() && !family.shared.has_room(Sizes::for_budget(0, layout).overhead()) {
+        let text = format!("the group's budget of {} is too small for another process", Size(family.bytes()));
+        return Err(failure(ErrorCode::Limit, text));
+    }
+    let budget = family.bytes();
     let handover = Handover::new(layout).map_err(|error| system("make a ring", error))?;
     // Without it the client makes its userfaultfd by the system call, or says what it lacks.
     let device = if daemon.hands_out_device() { handover::open_device().ok() } else { None };
-    let client = daemon.clients.enter(peer.clone(), open.name.clone(), grant, Rc::clone(connection));
+    let client = daemon.clients.enter(peer.clone(), open.name.clone(), family, Rc::clone(connection));
     if daemon.throttle.allows() {
         let budget = Size(budget);
         info!(client = client.number, pid = peer.pid, uid = peer.uid, name = open.name, %budget, "client opened");
     }
-    Ok(Admitted { client, exit, handover, layout, device })
+    Ok(Admitted { client, exit, handover, layout, device, joins: open.group.is_some() })
 }
 
 /// What a client gets that asks for no certain budget: no more than its control group can bear.
@@ -177,10 +202,10 @@ async fn serve(
     open_id: u32,
     opened: Admitted,
 ) -> (End, AsyncFd<OwnedFd>) {
-    let Admitted { client, exit, handover, layout, device } = opened;
+    let Admitted { client, exit, handover, layout, device, joins } = opened;
     let reply = Reply::Opened(Opened {
         client: client.number,
-        budget: client.grant.bytes(),
+        budget: client.family.bytes(),
         ring_batches: layout.batches(),
         ring_batch_pages: layout.batch_pages(),
         device: device.is_some(),
@@ -198,7 +223,7 @@ async fn serve(
     };
     // From here on nothing is cancelled: a fault thread that was started must be known.
     let attached = match received {
-        Ok(received) => attach(daemon, connection, &client, received, handover, layout).await,
+        Ok(received) => attach(daemon, connection, &client, received, (handover, layout), joins).await,
         Err(end) => Err(end),
     };
     let end = match attached {
@@ -234,7 +259,7 @@ async fn receive_attach(
         Ok(Incoming { id, .. }) => RecvError::violation(id, "the second request must be Attach"),
         Err(error) => error,
     };
-    daemon.reject(connection, &client.peer, error).await;
+    daemon.reject(connection, &client.peer(), error).await;
     Err(End::Disconnected)
 }
 
@@ -244,16 +269,19 @@ async fn attach(
     connection: &Rc<Connection>,
     client: &Client,
     received: Received,
-    handover: Handover,
-    layout: Layout,
+    (handover, layout): (Handover, Layout),
+    joins: bool,
 ) -> Result<(), End> {
     let Received { id, attach, uffd } = received;
-    let pid = client.peer.pid;
+    let pid = client.pid();
     let setup = Setup {
         client: client.number,
         pid: u32::try_from(pid).unwrap_or(0),
         agent_tid: attach.agent_tid,
-        budget: client.grant.bytes(),
+        group: Arc::clone(&client.family.shared),
+        joins,
+        inherit: attach.inherit,
+        births: daemon.births.clone(),
         uffd,
         ring: handover.ring,
         layout,
@@ -282,7 +310,7 @@ async fn attach(
 }
 
 /// Serves requests until the client's service must end.
-async fn requests(
+pub(crate) async fn requests(
     daemon: &Rc<Daemon>,
     connection: &Rc<Connection>,
     client: &Rc<Client>,
@@ -305,7 +333,7 @@ async fn requests(
         let (id, request, permit) = match incoming {
             Ok((incoming, permit)) => (incoming.id, incoming.request, permit),
             Err(error) => {
-                daemon.reject(connection, &client.peer, error).await;
+                daemon.reject(connection, &client.peer(), error).await;
                 return End::Disconnected;
             }
         };
@@ -315,7 +343,7 @@ async fn requests(
         match dispatch(daemon, client, request) {
             Ok(pending) => answer_later(connection, id, pending, permit),
             Err(text) => {
-                daemon.reject(connection, &client.peer, RecvError::violation(id, text)).await;
+                daemon.reject(connection, &client.peer(), RecvError::violation(id, text)).await;
                 return End::Disconnected;
             }
         }
@@ -379,17 +407,23 @@ fn dispatch(daemon: &Rc<Daemon>, client: &Rc<Client>, request: Request) -> Resul
                 }
             })
         }
+        Request::PrepareFork(_) => children::prepare(daemon, client),
+        Request::EndFork(_) => children::end(daemon, client),
         Request::Ping(_) => now(Reply::Done(Empty {})),
         Request::Goodbye(_) => {
             let text =
                 format!("{} regions are still registered; unregister them first", client.regions.get());
             now(Reply::Error(failure(ErrorCode::Invalid, text)))
         }
-        Request::Open(_) | Request::Attach(_) => return Err("a client opens and attaches once"),
+        Request::Open(_) | Request::Attach(_) | Request::Adopt(_) | Request::Ready(_) => {
+            return Err("a client opens and attaches once");
+        }
         Request::Status(_)
         | Request::Clients(_)
         | Request::Regions(_)
         | Request::Limit(_)
+        | Request::NewGroup(_)
+        | Request::GroupStats(_)
         | Request::Evict(_)
         | Request::Latency(_) => return Err("requests of fmallocctl need a connection of their own"),
     })
@@ -440,18 +474,24 @@ fn done(awaited: super::clients::Awaited<()>) -> Pending {
 }
 
 /// Sees a client off: the fault thread gives slots and claims back, then the grant goes back to the pool.
-async fn finish(daemon: &Daemon, client: &Client, end: &End, exit: &AsyncFd<OwnedFd>) {
+pub(crate) async fn finish(daemon: &Rc<Daemon>, client: &Client, end: &End, exit: Option<&AsyncFd<OwnedFd>>) {
+    let exited = || async {
+        match exit {
+            Some(exit) => drop(exit.readable().await),
+            None => std::future::pending().await,
+        }
+    };
     match end {
         End::Exited | End::Goodbye(_) => client.send(Command::Stop),
         End::ThreadEnded => {}
         End::Disconnected => {
-            client.connection.end();
+            client.hang_up();
             client.send(Command::AgentGone);
             // Its memory is still in use: by a process that lost its agent, or that runs on without the socket. Slots
             // are given back when the process has ended, or now if there are none.
             while client.holds_memory() && !client.has_ended() {
                 tokio::select! {
-                    _ = exit.readable() => break,
+                    () = exited() => break,
                     () = sleep(WATCH_GONE) => {}
                 }
             }
@@ -466,13 +506,10 @@ async fn finish(daemon: &Daemon, client: &Client, end: &End, exit: &AsyncFd<Owne
     }
     let attached = client.is_attached();
     if !client.join() {
-        error!(
-            client = client.number,
-            pid = client.peer.pid,
-            "the fault thread panicked: please report this"
-        );
+        error!(client = client.number, pid = client.pid(), "the fault thread panicked: please report this");
     }
-    daemon.clients.remove(client);
+    children::abandon(daemon, client);
+    daemon.clients.remove(daemon, client);
     if daemon.throttle.allows() {
         let how = match end {
             End::Exited => "its process ended",
@@ -481,6 +518,6 @@ async fn finish(daemon: &Daemon, client: &Client, end: &End, exit: &AsyncFd<Owne
             End::ThreadEnded => "its fault thread ended",
             End::Goodbye(_) => "it said goodbye",
         };
-        info!(client = client.number, pid = client.peer.pid, name = client.name, "client left: {how}");
+        info!(client = client.number, pid = client.pid(), name = client.name, "client left: {how}");
     }
 }

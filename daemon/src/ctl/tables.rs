@@ -69,6 +69,8 @@ pub(super) fn clients(rows: &[ClientRow]) -> String {
         "PID",
         "UID",
         "NAME",
+        "PARENT",
+        "GROUP",
         "BUDGET",
         "RESIDENT",
         "DAEMON",
@@ -81,7 +83,7 @@ pub(super) fn clients(rows: &[ClientRow]) -> String {
         "OUT",
         "HINDERED BY",
     ];
-    let mut table = table(&headings, &[0, 1, 2, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13]);
+    let mut table = table(&headings, &[0, 1, 2, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15]);
     for row in rows {
         let stats = &row.stats;
         table.add_row([
@@ -89,6 +91,8 @@ pub(super) fn clients(rows: &[ClientRow]) -> String {
             row.pid.to_string(),
             row.uid.to_string(),
             row.name.clone(),
+            if row.parent == 0 { "-".to_owned() } else { row.parent.to_string() },
+            row.group.to_string(),
             Size(stats.budget_bytes).to_string(),
             pages(stats.resident_pages),
             Size(stats.overhead_bytes).to_string(),

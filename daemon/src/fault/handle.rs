@@ -6,11 +6,15 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::JoinHandle;
 
+use fmalloc_proto::groups::Token;
 use fmalloc_proto::messages::{Advice, Failure, RegionRange, RegionRow, Staging};
 use fmalloc_proto::ring::Layout;
 use nix::sys::eventfd::EventFd;
+use tokio::sync::mpsc::UnboundedSender;
 use tokio::sync::oneshot;
 
+use super::forks::Birth;
+use super::group::Group;
 use super::stats::SharedStats;
 use crate::swap::Swap;
 
@@ -63,10 +67,8 @@ pub enum Command {
         /// Taken note of.
         answer: Answer<()>,
     },
-    /// Changes the budget; the pool's books are the control plane's.
+    /// The group's budget has changed; the pool's books are the control plane's.
     SetBudget {
-        /// Bytes.
-        bytes: u64,
         /// Sent when the client is within it, or when it cannot get there for now.
         answer: Answer<()>,
     },
@@ -86,6 +88,29 @@ pub enum Command {
         /// Rows.
         answer: Answer<(Vec<RegionRow>, bool)>,
     },
+    /// The client is about to fork: claims swap for the child. Answers when the fork may happen.
+    PrepareFork {
+        /// By which the child will say who it is.
+        token: Token,
+        /// Its number.
+        child: u64,
+        /// Layout of its ring.
+        layout: Layout,
+        /// Claimed.
+        answer: Answer<()>,
+    },
+    /// The fork is over. Answers when all that came of it has been handed over.
+    EndFork {
+        /// Children.
+        answer: Answer<u64>,
+    },
+    /// A forked child's agent is there.
+    AgentReady {
+        /// Its thread id as the client's namespace sees it.
+        agent_tid: u32,
+        /// Process id as the daemon sees it.
+        pid: u32,
+    },
     /// The agent's socket has closed. Slots are kept until the process is known to be gone.
     AgentGone,
     /// The process has ended: finish I/O in flight, give back slots and claims, end the thread.
@@ -101,8 +126,14 @@ pub struct Setup {
     pub pid: u32,
     /// The agent's thread id as the client's namespace sees it.
     pub agent_tid: u32,
-    /// Budget in bytes.
-    pub budget: u64,
+    /// The group whose budget it shares.
+    pub group: Arc<Group>,
+    /// The group was there before.
+    pub joins: bool,
+    /// Forked children are to have the regions; where they go.
+    pub inherit: bool,
+    /// See `inherit`.
+    pub births: UnboundedSender<Birth>,
     /// The client's userfaultfd, checked to be one, API handshake not yet done.
     pub uffd: OwnedFd,
     /// The ring's memfd.
@@ -111,6 +142,29 @@ pub struct Setup {
     pub layout: Layout,
     /// Where the agent remaps pages to that it evicts by write-protection. None if it moves pages.
     pub staging: Option<Staging>,
+    /// Wakes the agent.
+    pub agent_doorbell: EventFd,
+    /// The agent wakes this thread.
+    pub daemon_doorbell: EventFd,
+    /// The swap file.
+    pub swap: Arc<Swap>,
+    /// Which optional features of the system may be used.
+    pub features: Features,
+}
+
+/// What the fault thread of a forked child starts with.
+#[derive(Debug)]
+pub struct ChildSetup {
+    /// The client's number, for logs.
+    pub client: u64,
+    /// What its parent's thread made.
+    pub birth: Birth,
+    /// The parent's group.
+    pub group: Arc<Group>,
+    /// Where its own children go.
+    pub births: UnboundedSender<Birth>,
+    /// The ring's memfd.
+    pub ring: OwnedFd,
     /// Wakes the agent.
     pub agent_doorbell: EventFd,
     /// The agent wakes this thread.

@@ -1,5 +1,7 @@
 //! The fault threads: one per client process, each with its own reactor, so that no client can delay another.
 
+pub mod forks;
+pub mod group;
 pub mod handle;
 pub mod latency;
 pub mod memory;
@@ -14,5 +16,7 @@ pub mod thread;
 mod trouble;
 pub mod uffd;
 
+pub use forks::Birth;
+pub use group::Group;
 pub use handle::{Command, Features, Handle, Setup};
-pub use thread::spawn;
+pub use thread::{spawn, spawn_child};

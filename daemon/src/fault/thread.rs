@@ -10,12 +10,17 @@ use std::sync::mpsc::Receiver;
 use std::time::{Duration, Instant};
 
 use fmalloc_proto::PAGE;
+use fmalloc_proto::groups::Token;
 use fmalloc_proto::limits::{MAX_ROWS, MIN_BUDGET};
 use fmalloc_proto::messages::{ErrorCode, Failure, RegionRange};
 use fmalloc_proto::ring::Layout;
+use fmalloc_proto::size::Size;
+use nix::errno::Errno;
 use nix::sys::eventfd::EventFd;
 
-use super::handle::{Answer, Command, Handle, Setup};
+use super::forks::{self, Announced, Birth, Forks};
+use super::group::{Group, LEAST_FRAMES, Membership, Needs};
+use super::handle::{Answer, ChildSetup, Command, Features, Handle, Setup};
 use super::latency::{Sampler, Step};
 use super::memory::{Memory, ZERO_PAGES};
 use super::pack::unpack;
@@ -42,6 +47,8 @@ const SILENT: Duration = Duration::from_secs(2);
 const BUDGET_PATIENCE: Duration = Duration::from_secs(5);
 /// How often the thread looks around when nothing happens but something is wrong.
 const LOOK_AROUND: Duration = Duration::from_millis(100);
+/// How long a forked child with an agent keeps all that it inherited: most of them run another program by then.
+const CREDIT: Duration = Duration::from_millis(20);
 
 /// The ring that suits a budget: a sixteenth of it, within 32 and 256 pages, in four batches.
 #[must_use]
@@ -58,55 +65,160 @@ pub fn ring_layout(budget: u64) -> Layout {
 pub fn spawn(setup: Setup) -> anyhow::Result<Handle> {
     use anyhow::Context;
     let write_protect = setup.staging.is_some();
-    let uffd = ClientUffd::handshake(setup.uffd, setup.features.poison, write_protect)
-        .context("the userfaultfd was refused: the API handshake failed or was done before")?;
+    if setup.inherit && write_protect {
+        anyhow::bail!("forked children can have paged memory from Linux 6.8 on only");
+    }
+    let uffd = ClientUffd::handshake(setup.uffd, setup.features.poison, write_protect, setup.inherit)
+        .map_err(|errno| match errno {
+            Errno::EPERM if setup.inherit => anyhow::anyhow!(
+                "for forked children to have paged memory fmallocd needs CAP_SYS_PTRACE: run it as root"
+            ),
+            _ => anyhow::Error::from(errno)
+                .context("the userfaultfd was refused: the API handshake failed or was done before"),
+        })?;
     let agent = AgentRing::new(&setup.ring, setup.layout, setup.agent_doorbell, setup.daemon_doorbell)
         .context("mapping the ring")?;
-    let sizes = Sizes::for_budget(setup.budget, setup.layout);
+    // Another's budget: a member that comes later begins with the least.
+    let budget = if setup.joins { 0 } else { setup.group.budget() };
+    let sizes = Sizes::for_budget(budget, setup.layout);
     let memory = Memory::new(usize::from(sizes.read_buffers) + usize::from(sizes.write_buffers))
         .context("memory for I/O buffers")?;
     let arena = Arena::new().context("the arena for page tables")?;
-    let stats = Arc::new(SharedStats::default());
-    let (mut handle, commands, wake) = Handle::new(Arc::clone(&stats), uffd.poison, write_protect)?;
     let slots = ClientSlots::new(Arc::clone(&setup.swap), setup.client);
-    let pager = Pager::new(slots, arena, sizes);
-    stats.publish(&pager.stats());
-    let (client, pid, io_uring) = (setup.client, setup.pid, setup.features.io_uring);
-    let (swap, agent_tid) = (setup.swap, setup.agent_tid);
-    let run = move || {
+    let parts = Parts {
+        client: setup.client,
+        pid: setup.pid,
+        agent_tid: setup.agent_tid,
+        inherits: setup.inherit,
+        pager: Pager::new(slots, arena, sizes),
+        uffd,
+        agent,
+        memory,
+        swap: setup.swap,
+        remaps: setup.staging.map(Remaps::new),
+        group: setup.group,
+        forks: Forks::new(setup.births),
+        credit: None,
+    };
+    parts.start(setup.features)
+}
+
+/// Starts the thread of a forked child, whose agent comes later.
+///
+/// # Errors
+/// What the system refused. The caller has a descriptor of the child's userfaultfd, which must outlive the child.
+pub fn spawn_child(setup: ChildSetup) -> anyhow::Result<Handle> {
+    use anyhow::Context;
+    let Birth { mut pager, memory, uffd, layout, .. } = setup.birth;
+    let agent = AgentRing::new(&setup.ring, layout, setup.agent_doorbell, setup.daemon_doorbell)
+        .context("mapping the ring")?;
+    // No eviction before it is clear that the child goes on with this memory.
+    pager.set_budget(pager.overhead() + (pager.stats().resident_pages * 2 + LEAST_FRAMES) * PAGE);
+    let parts = Parts {
+        client: setup.client,
+        pid: 0,
+        agent_tid: 0,
+        inherits: true,
+        pager: *pager,
+        uffd,
+        agent,
+        memory,
+        swap: setup.swap,
+        remaps: None,
+        group: setup.group,
+        forks: Forks::new(setup.births),
+        credit: Some(Instant::now()),
+    };
+    parts.start(setup.features)
+}
+
+/// What a fault thread begins with.
+struct Parts {
+    client: u64,
+    pid: u32,
+    agent_tid: u32,
+    inherits: bool,
+    pager: Pager<ClientSlots>,
+    uffd: ClientUffd,
+    agent: AgentRing,
+    memory: Memory,
+    swap: Arc<Swap>,
+    remaps: Option<Remaps>,
+    group: Arc<Group>,
+    forks: Forks,
+    credit: Option<Instant>,
+}
+
+impl Parts {
+    fn start(self, features: Features) -> anyhow::Result<Handle> {
+        use anyhow::Context;
+        let stats = Arc::new(SharedStats::default());
+        let write_protect = self.remaps.is_some();
+        let (mut handle, commands, wake) = Handle::new(Arc::clone(&stats), self.uffd.poison, write_protect)?;
+        stats.publish(&self.pager.stats());
+        let name = format!("fault-{}", self.client);
+        // At once, so that the group's room is known to whoever comes next.
+        let membership = self.group.join(&wake, self.pager.least_overhead());
+        let run = move || self.run(features, commands, wake, stats, membership);
+        let thread =
+            std::thread::Builder::new().name(name).spawn(run).context("starting the fault thread")?;
+        handle.thread = Some(thread);
+        Ok(handle)
+    }
+
+    /// The life of the thread.
+    fn run(
+        self,
+        features: Features,
+        commands: Receiver<Command>,
+        wake: Arc<EventFd>,
+        stats: Arc<SharedStats>,
+        membership: Membership,
+    ) {
         // The ring of io_uring must be made by the thread that uses it.
-        let watched =
-            Watched { uffd: uffd.raw(), agent: agent.doorbell(), commands: wake.as_fd().as_raw_fd() };
-        let file = swap.file.fd().as_raw_fd();
-        let uring =
-            if io_uring { Uring::new(watched, file) } else { Err(std::io::ErrorKind::Unsupported.into()) };
+        let watched = Watched {
+            uffd: self.uffd.raw(),
+            agent: self.agent.doorbell(),
+            commands: wake.as_fd().as_raw_fd(),
+        };
+        let file = self.swap.file.fd().as_raw_fd();
+        let uring = if features.io_uring {
+            Uring::new(watched, file)
+        } else {
+            Err(std::io::ErrorKind::Unsupported.into())
+        };
         let reactor: Box<dyn Reactor> = match uring {
             Ok(uring) => Box::new(uring),
             Err(error) => {
-                if io_uring {
-                    tracing::warn!(client, %error, "no io_uring: swap I/O is done one by one");
+                if features.io_uring {
+                    tracing::warn!(client = self.client, %error, "no io_uring: swap I/O is done one by one");
                 }
                 Box::new(Psync::new(watched, file))
             }
         };
-        let reactor = match &swap.interposer {
-            Some(interposer) => interposer.interpose(client, reactor),
+        let reactor = match &self.swap.interposer {
+            Some(interposer) => interposer.interpose(self.client, reactor),
             None => reactor,
         };
         let thread = FaultThread {
-            client,
-            pid,
-            agent_tid,
-            pager,
-            uffd,
-            agent,
+            client: self.client,
+            pid: self.pid,
+            agent_tid: self.agent_tid,
+            inherits: self.inherits,
+            pager: self.pager,
+            uffd: self.uffd,
+            agent: self.agent,
             reactor,
-            memory,
-            swap,
+            memory: self.memory,
+            swap: self.swap,
             commands,
             wake,
             stats,
-            remaps: setup.staging.map(Remaps::new),
+            remaps: self.remaps,
+            forks: self.forks,
+            membership,
+            credit: self.credit,
+            due: true,
             started: Instant::now(),
             messages: Vec::with_capacity(BATCH),
             done: Vec::with_capacity(256),
@@ -124,13 +236,7 @@ pub fn spawn(setup: Setup) -> anyhow::Result<Handle> {
             trouble: Trouble::default(),
         };
         thread.run();
-    };
-    let thread = std::thread::Builder::new()
-        .name(format!("fault-{client}"))
-        .spawn(run)
-        .context("starting the fault thread")?;
-    handle.thread = Some(thread);
-    Ok(handle)
+    }
 }
 
 /// Requests that cannot be answered at once.
@@ -140,6 +246,8 @@ struct Rows {
     closing: Vec<(u16, Answer<()>)>,
     budgets: Vec<(Instant, Answer<()>)>,
     drains: Vec<(u64, Answer<u64>)>,
+    /// With the number of children, which are handed over first.
+    forks: Vec<(u64, Answer<u64>)>,
 }
 
 /// A range to be paged as soon as all older events have been read: one of them may tell of an unmapping at the same
@@ -156,6 +264,14 @@ struct FaultThread {
     client: u64,
     pid: u32,
     agent_tid: u32,
+    /// Forked children have the regions too.
+    inherits: bool,
+    forks: Forks,
+    membership: Membership,
+    /// Of a forked child that keeps what it inherited for now: since when, or since when it has an agent.
+    credit: Option<Instant>,
+    /// The group may have something to say.
+    due: bool,
     pager: Pager<ClientSlots>,
     uffd: ClientUffd,
     agent: AgentRing,
@@ -192,13 +308,18 @@ impl FaultThread {
         if let Err(error) = self.serve() {
             tracing::error!(client = self.client, pid = self.pid, %error, "fault thread failed; its client waits for ever");
         }
+        // The children of a parent that has gone.
+        self.forks.settle(&self.pager, &self.memory, &self.swap.key);
+        self.forks.hand_over();
         self.give_back();
         self.publish();
+        self.membership.leave(&self.pager.stats());
         self.stats.set_ended();
     }
 
     fn serve(&mut self) -> std::io::Result<()> {
         while !self.stopping {
+            self.balance();
             self.act();
             // Figures first: who gets an answer may look at them at once.
             self.publish();
@@ -254,21 +375,58 @@ impl FaultThread {
             self.uffd.restore_nonblocking();
         }
         self.unread |= ready.uffd | self.has_kept();
-        let waits = self.pager.is_blocked() || self.pager.has_unknown() || !self.rows.registering.is_empty();
-        if self.unread || waits {
+        if self.forks.is_unsettled() && self.pager.evicting() == 0 {
+            self.forks.settle(&self.pager, &self.memory, &self.swap.key);
+        }
+        if self.unread || self.pager.is_blocked() || self.waits_for_events() {
             self.read_messages();
         }
         if self.retry_after.take().is_some() {
             self.pager.retry();
         }
         if ready.commands {
+            self.due = true;
             let _ = nix::unistd::read(self.wake.as_fd(), &mut [0; 8]);
             while let Ok(command) = self.commands.try_recv() {
                 self.command(command);
             }
         }
-        if self.agent_gone && self.uffd.test() == Some(Stop::Gone) {
+        if (self.agent_gone || self.agent_tid == 0) && self.uffd.test() == Some(Stop::Gone) {
             self.stopping = true;
+        }
+        if self.forks.has_strangers() {
+            self.forks.look_after_strangers();
+        }
+    }
+
+    /// Whether something can be done only when all events have been read.
+    fn waits_for_events(&self) -> bool {
+        self.pager.has_unknown() || !self.rows.registering.is_empty() || self.forks.is_pending()
+    }
+
+    /// Keeps to the client's share of its group's budget.
+    fn balance(&mut self) {
+        let stats = self.pager.stats();
+        let held = stats.resident_pages * PAGE + stats.overhead_bytes;
+        self.membership.count(stats.resident_pages, held);
+        if !self.membership.group().is_shared() {
+            if std::mem::take(&mut self.due) {
+                self.pager.set_budget(self.membership.group().budget());
+            }
+            return;
+        }
+        if let Some(since) = self.credit {
+            let over = self.agent_tid != 0 && since.elapsed() > CREDIT;
+            if !(over || self.pager.is_starved()) {
+                return;
+            }
+            (self.credit, self.due) = (None, true);
+        }
+        let short = self.pager.lacks_frames();
+        if short || std::mem::take(&mut self.due) || held > stats.budget_bytes {
+            let overhead = self.pager.least_overhead();
+            let needs = Needs { held, overhead, faults: stats.faults, short };
+            self.pager.ease_budget(self.membership.balance(needs, Instant::now()));
         }
     }
 
@@ -278,11 +436,16 @@ impl FaultThread {
             let now = u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX);
             Duration::from_millis(at.saturating_sub(now).max(1))
         });
-        let waits = self.pager.has_unknown() || !self.rows.registering.is_empty();
-        let events = waits.then_some(RETRY);
-        let watchful = self.agent_gone || !self.rows.budgets.is_empty() || self.agent.is_busy();
+        let events = self.waits_for_events().then_some(RETRY);
+        let watchful = self.agent_gone
+            || self.agent_tid == 0
+            || !self.rows.budgets.is_empty()
+            || self.agent.is_busy()
+            || self.forks.has_strangers();
+        let credit = self.credit.map(|since| CREDIT.saturating_sub(since.elapsed()) + RETRY);
+        let credit = credit.filter(|_| self.agent_tid != 0);
         let look = watchful.then_some(LOOK_AROUND);
-        [clock, self.retry_after, events, look].into_iter().flatten().min()
+        [clock, self.retry_after, events, look, credit].into_iter().flatten().min()
     }
 
     /// Reads what the kernel has to tell. Faults always; events only while no page is on its way out, since what an event
@@ -291,7 +454,7 @@ impl FaultThread {
         loop {
             let mut most = BATCH;
             let remaps = self.remaps.is_some();
-            if self.pager.evicting() > 0 && !self.agent_waits && !remaps {
+            if (self.pager.evicting() > 0 && !self.agent_waits && !remaps) || self.forks.is_full() {
                 most = self.uffd.pending_faults();
                 if most == 0 && !self.uffd.is_readable() {
                     break;
@@ -318,6 +481,13 @@ impl FaultThread {
             for message in messages.drain(..) {
                 self.message(message);
             }
+            if drained && self.uffd.lacks_descriptors() {
+                // A child's userfaultfd cannot be had for now.
+                self.messages = messages;
+                self.unread = true;
+                self.retry_after = Some(MEMORY_RETRY);
+                return;
+            }
             if remaps {
                 self.agent.shut_gate(false);
             }
@@ -331,12 +501,14 @@ impl FaultThread {
             return;
         }
         self.agent_waits = false;
-        self.pager.hold_evictions(false);
+        self.pager.hold_evictions(self.forks.is_unsettled());
         self.pager.retry();
-        let waits = self.pager.has_unknown() || !self.rows.registering.is_empty();
         // An empty queue is not enough: an event may be on its way into it.
-        if waits && self.uffd.test() != Some(Stop::Again) {
+        if self.waits_for_events() && self.uffd.test() != Some(Stop::Again) {
             self.pager.events_drained();
+            if !self.forks.is_unsettled() {
+                self.forks.hand_over();
+            }
             self.finish_registering();
         }
     }
@@ -393,7 +565,16 @@ impl FaultThread {
             }
             Message::Remove { start, end } => self.pager.discard(start, end.saturating_sub(start)),
             Message::Unmap { start, end } => self.pager.unmap(start, end.saturating_sub(start)),
-            Message::Remap { from, to, len } => self.pager.remap(from, to, len),
+            Message::Remap { from, to, len } => {
+                self.forks.note_move(from, to, len);
+                self.pager.remap(from, to, len);
+            }
+            Message::Fork => {
+                if let Some(child) = self.uffd.next_forked() {
+                    let (pager, poison) = (&mut self.pager, self.uffd.poison);
+                    self.forks.forked(child, pager, &self.memory, &self.swap, poison);
+                }
+            }
             Message::Other(_) => {}
         }
     }
@@ -608,8 +789,8 @@ impl FaultThread {
                     self.part(&range).map(|(region, pages)| self.pager.advise(region, pages, advice));
                 drop(answer.send(result));
             }
-            Command::SetBudget { bytes, answer } => {
-                self.pager.set_budget(bytes);
+            Command::SetBudget { answer } => {
+                self.balance();
                 self.rows.budgets.push((Instant::now(), answer));
             }
             Command::Evict { region, pages, answer } => {
@@ -624,9 +805,47 @@ impl FaultThread {
             Command::Regions { from, answer } => {
                 drop(answer.send(Ok(self.pager.region_rows(self.client, from, MAX_ROWS))));
             }
+            Command::PrepareFork { token, child, layout, answer } => {
+                drop(answer.send(self.prepare_fork(token, child, layout)));
+            }
+            Command::EndFork { answer } => {
+                let (children, unused) = self.forks.conclude();
+                self.swap.unclaim(unused);
+                self.rows.forks.push((children, answer));
+            }
+            Command::AgentReady { agent_tid, pid } => {
+                (self.agent_tid, self.pid) = (agent_tid, pid);
+                self.pager.set_agent();
+                self.credit = self.credit.map(|_| Instant::now());
+            }
             Command::AgentGone => self.agent_gone = true,
             Command::Stop => self.stopping = true,
         }
+    }
+
+    fn prepare_fork(&mut self, token: Token, child: u64, layout: Layout) -> Result<(), Failure> {
+        if !self.inherits {
+            let text = "this client did not ask for forked children to have its memory".to_owned();
+            return Err(Failure { code: ErrorCode::Invalid, text });
+        }
+        if self.forks.is_announced() {
+            let text = "one fork at a time: end the one that was prepared before".to_owned();
+            return Err(Failure { code: ErrorCode::Invalid, text });
+        }
+        let sizes = forks::child_sizes(layout);
+        let overhead = sizes.overhead() + self.pager.table_bytes();
+        if !self.membership.group().has_room(overhead) {
+            let text = format!(
+                "the budget of {} is too small for another process: {} would be taken by its page tables and buffers",
+                Size(self.membership.group().budget()),
+                Size(overhead)
+            );
+            return Err(Failure { code: ErrorCode::Limit, text });
+        }
+        let claimed = self.pager.claimed_by_fork();
+        self.claim(claimed)?;
+        self.forks.announce(Announced { token, child, layout, claimed });
+        Ok(())
     }
 
     /// Registers what waits for that. No older event can be about its addresses any more.
@@ -721,6 +940,9 @@ impl FaultThread {
                 drop(answer.send(Ok(())));
             }
         }
+        if !self.forks.is_pending() {
+            self.rows.forks.drain(..).for_each(|(children, answer)| drop(answer.send(Ok(children))));
+        }
         for (token, pages) in self.pager.drained() {
             if let Some(place) = self.rows.drains.iter().position(|(other, _)| *other == token) {
                 let (_, answer) = self.rows.drains.swap_remove(place);
@@ -753,7 +975,7 @@ impl FaultThread {
             let (_, claimed) = self.pager.unregister(number);
             self.swap.unclaim(claimed);
         }
-        self.swap.unclaim(self.pager.take_unclaimed());
+        self.swap.unclaim(self.pager.take_unclaimed() + self.forks.conclude().1);
     }
 
     /// Starts transfers that were decided on before the end; everything else no longer matters.

@@ -3,6 +3,7 @@
 //!
 //! The client has the same file open and may do to it whatever it likes; nothing here may block on that or believe it.
 
+use std::collections::VecDeque;
 use std::fs::File;
 use std::io::IoSliceMut;
 use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
@@ -20,6 +21,8 @@ const POISON_FEATURE: u64 = 1 << 14;
 const FAULT_PROTECTED: u64 = 2;
 const COPY_PROTECTED: u64 = 2;
 const MESSAGE: usize = 32;
+/// Kind of message: a child was forked.
+const FORK: u8 = 0x13;
 /// Most messages taken by one call.
 pub const BATCH: usize = 64;
 
@@ -73,6 +76,9 @@ mod raw {
         /// UFFDIO_WRITEPROTECT: lets writes wait, or go on.
         uffdio_writeprotect, 0xaa, 0x06, Protect);
     nix::ioctl_readwrite!(
+        /// UFFDIO_CONTINUE: maps what is there already, in memory of other kinds than ours.
+        uffdio_continue, 0xaa, 0x07, Fill);
+    nix::ioctl_readwrite!(
         /// UFFDIO_POISON: makes accesses fail.
         uffdio_poison, 0xaa, 0x08, Fill);
 }
@@ -112,6 +118,8 @@ pub enum Message {
         /// Bytes.
         len: u64,
     },
+    /// A child was forked: see [`ClientUffd::next_forked`].
+    Fork,
     /// Something that was not asked for.
     Other(u8),
 }
@@ -126,19 +134,24 @@ pub struct ClientUffd {
     pub poison: bool,
     /// The agent evicts by write-protection.
     write_protect: bool,
+    /// Userfaultfds of children, for messages that were read.
+    forked: VecDeque<OwnedFd>,
+    lacks_descriptors: bool,
 }
 
 impl ClientUffd {
-    /// Does the API handshake. Fails where it was done before: nobody else may have a say in what is reported.
+    /// Does the API handshake. Fails where it was done before: nobody else may have a say in what is reported. `forks`:
+    /// children shall have the memory too, which takes CAP_SYS_PTRACE.
     ///
     /// # Errors
     /// What the kernel refused.
-    pub fn handshake(fd: OwnedFd, poison: bool, write_protect: bool) -> Result<Self, Errno> {
+    pub fn handshake(fd: OwnedFd, poison: bool, write_protect: bool, forks: bool) -> Result<Self, Errno> {
         let mut wanted = FeatureFlags::EVENT_REMOVE
             | FeatureFlags::EVENT_UNMAP
             | FeatureFlags::EVENT_REMAP
             | FeatureFlags::THREAD_ID;
         wanted.set(FeatureFlags::PAGEFAULT_FLAG_WP, write_protect);
+        wanted.set(FeatureFlags::EVENT_FORK, forks);
         let attempt = |features| {
             let mut api = Api { api: 0xaa, features, ioctls: 0 };
             // SAFETY: the structure is the kernel's, and the fd is ours.
@@ -148,13 +161,59 @@ impl ClientUffd {
         if !poison {
             attempt(wanted.bits())?;
         }
+        Self::of(fd, poison, write_protect)
+    }
+
+    /// The userfaultfd of a forked child, which is like its parent's.
+    ///
+    /// # Errors
+    /// What the system refused.
+    pub fn inherited(fd: OwnedFd, poison: bool) -> Result<Self, Errno> {
+        nix::fcntl::fcntl(&fd, nix::fcntl::FcntlArg::F_SETFD(nix::fcntl::FdFlag::FD_CLOEXEC))?;
+        Self::of(fd, poison, false)
+    }
+
+    fn of(fd: OwnedFd, poison: bool, write_protect: bool) -> Result<Self, Errno> {
         let raw = fd.into_raw_fd();
         // SAFETY: the descriptor was ours and is handed over.
         let uffd = unsafe { Uffd::from_raw_fd(raw) };
         set_nonblocking(raw);
         let info = File::open(format!("/proc/self/fdinfo/{raw}"))
             .map_err(|error| Errno::from_raw(error.raw_os_error().unwrap_or(libc::EIO)))?;
-        Ok(Self { uffd, info, no_wait: true, poison, write_protect })
+        Ok(Self {
+            uffd,
+            info,
+            no_wait: true,
+            poison,
+            write_protect,
+            forked: VecDeque::new(),
+            lacks_descriptors: false,
+        })
+    }
+
+    /// The userfaultfd of the next child, one for each [`Message::Fork`].
+    pub fn next_forked(&mut self) -> Option<OwnedFd> {
+        self.forked.pop_front()
+    }
+
+    /// Another descriptor of the same userfaultfd, for the client to hold.
+    ///
+    /// # Errors
+    /// What the system refused.
+    pub fn share(&self) -> Result<OwnedFd, Errno> {
+        // SAFETY: it is open for as long as `self` lives.
+        let fd = unsafe { std::os::fd::BorrowedFd::borrow_raw(self.raw()) };
+        fd.try_clone_to_owned().map_err(|error| Errno::from_raw(error.raw_os_error().unwrap_or(libc::EMFILE)))
+    }
+
+    /// Whether a page belongs to the userfaultfd: what is asked for never happens to memory of our kind, but the kernel
+    /// looks for the mapping first.
+    #[must_use]
+    pub fn covers(&self, addr: u64) -> bool {
+        let mut fill = Fill { start: addr, len: PAGE, mode: 0, done: 0 };
+        // SAFETY: the structure is the kernel's; nothing happens to the client's memory.
+        let result = unsafe { raw::uffdio_continue(self.raw(), &raw mut fill) };
+        result != Err(Errno::ENOENT)
     }
 
     /// For polling.
@@ -235,13 +294,7 @@ impl ClientUffd {
     /// What a call that maps would say now, without mapping anything: none if it could.
     #[must_use]
     pub fn test(&self) -> Option<Stop> {
-        let mut fill = Fill { start: NOWHERE, len: PAGE, mode: 0, done: 0 };
-        // SAFETY: the structure is the kernel's; nothing of ours is at this address in the client, so nothing happens.
-        match unsafe { raw::uffdio_zeropage(self.raw(), &raw mut fill) } {
-            Err(Errno::EAGAIN) => Some(Stop::Again),
-            Err(Errno::ESRCH) => Some(Stop::Gone),
-            _ => None,
-        }
+        test(self.raw())
     }
 
     /// Reads up to `most` messages, faults before events. Empty if there are none. Never blocks: on kernels without
@@ -251,10 +304,25 @@ impl ClientUffd {
         let mut bytes = [0_u8; MESSAGE * BATCH];
         let len = MESSAGE * most.clamp(1, BATCH);
         let got = self.read_bytes(&mut bytes[..len]);
-        buffer.extend(bytes[..got].chunks_exact(MESSAGE).map(parse));
+        for bytes in bytes[..got].chunks_exact(MESSAGE) {
+            buffer.push(match bytes[0] {
+                FORK => self.own_child(bytes),
+                _ => parse(bytes),
+            });
+        }
+    }
+
+    /// The kernel has installed a descriptor here; it must not be lost, or the child would read zeros.
+    fn own_child(&mut self, message: &[u8]) -> Message {
+        let number = u32::from_ne_bytes(message[8..12].try_into().unwrap_or_default());
+        let Ok(fd) = RawFd::try_from(number) else { return Message::Other(FORK) };
+        // SAFETY: the kernel has made this descriptor for whoever reads the message, which nobody else has.
+        self.forked.push_back(unsafe { OwnedFd::from_raw_fd(fd) });
+        Message::Fork
     }
 
     fn read_bytes(&mut self, bytes: &mut [u8]) -> usize {
+        self.lacks_descriptors = false;
         if self.no_wait {
             let mut part = [IoSliceMut::new(bytes)];
             // SAFETY: the vector describes a live buffer.
@@ -262,10 +330,22 @@ impl ClientUffd {
             match usize::try_from(got) {
                 Ok(got) => return got,
                 Err(_) if Errno::last() == Errno::EOPNOTSUPP => self.no_wait = false,
-                Err(_) => return 0,
+                Err(_) => {
+                    self.lacks_descriptors = matches!(Errno::last(), Errno::EMFILE | Errno::ENFILE);
+                    return 0;
+                }
             }
         }
-        nix::unistd::read(&self.uffd, bytes).unwrap_or(0)
+        nix::unistd::read(&self.uffd, bytes).unwrap_or_else(|errno| {
+            self.lacks_descriptors = matches!(errno, Errno::EMFILE | Errno::ENFILE);
+            0
+        })
+    }
+
+    /// Whether the last reading failed because this process has too many descriptors: the event of a fork stays unread.
+    #[must_use]
+    pub fn lacks_descriptors(&self) -> bool {
+        self.lacks_descriptors
     }
 
     /// Whether anything waits to be read, faults or events.
@@ -340,6 +420,22 @@ fn parse(bytes: &[u8]) -> Message {
         0x16 => Message::Unmap { start: word(8), end: word(16) },
         other => Message::Other(other),
     }
+}
+
+fn test(uffd: RawFd) -> Option<Stop> {
+    let mut fill = Fill { start: NOWHERE, len: PAGE, mode: 0, done: 0 };
+    // SAFETY: the structure is the kernel's; nothing of ours is at this address in the client, so nothing happens.
+    match unsafe { raw::uffdio_zeropage(uffd, &raw mut fill) } {
+        Err(Errno::EAGAIN) => Some(Stop::Again),
+        Err(Errno::ESRCH) => Some(Stop::Gone),
+        _ => None,
+    }
+}
+
+/// Whether the address space behind a userfaultfd is gone.
+#[must_use]
+pub fn is_gone(uffd: &OwnedFd) -> bool {
+    test(uffd.as_raw_fd()) == Some(Stop::Gone)
 }
 
 /// Whether a descriptor that a peer sent is a userfaultfd at all.

@@ -304,6 +304,7 @@ impl<S: Store> Pager<S> {
             }
             // Moved before the discard, or not at all: see the module's rules.
             State::Evicting if !gone => {
+                self.discarded_out += 1;
                 let word = self.drop_slot(word);
                 self.set(page, word.with(FRESH));
             }

@@ -28,6 +28,9 @@ pub struct Content {
 impl<S: Store> Pager<S> {
     /// Puts work for the agent into the queue: what frees frames soon, then what somebody asked for.
     pub(super) fn plan(&mut self) {
+        if self.agentless {
+            return;
+        }
         if self.wants_stuck() && self.now >= self.stuck_retry_at {
             self.retry_stuck();
         }
@@ -37,7 +40,9 @@ impl<S: Store> Pager<S> {
 
     /// Whether pages that could not be evicted shall be tried again.
     pub(super) fn wants_stuck(&self) -> bool {
-        !self.stuck.is_empty() && (self.free_frames() < self.low_water() || !self.drains.is_empty())
+        !self.stuck.is_empty()
+            && !self.agentless
+            && (self.free_frames() < self.low_water() || !self.drains.is_empty())
     }
 
     /// Stops (or allows) new evictions, so that events can be read or fed between them. Nothing is mapped meanwhile.
@@ -470,7 +475,7 @@ impl<S: Store> Pager<S> {
         self.map_queue.push_back(page);
     }
 
-    fn set_hash(&mut self, page: PageId, hash: u64) {
+    pub(super) fn set_hash(&mut self, page: PageId, hash: u64) {
         if let Some(region) = self.regions.get_mut(page.region()) {
             region.table.set_hash(&mut self.arena, page.index(), hash);
         }

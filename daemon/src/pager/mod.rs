@@ -4,7 +4,7 @@
 //! At every instant one place owns a page's bytes (see [`page::State`]); the owner changes only when the next one
 //! holds them. Files: `faults` answers faults, `fetch` reads, `evict` picks pages and writes them out, `pool` packs some
 //! of them into RAM (`warm`), for which `split` finds how much of the budget that deserves, `changes` follows what the
-//! program does to its address space, `actions` hands out work and takes its results.
+//! program does to its address space, `fork` makes a copy for a forked child, `actions` hands out work and takes its results.
 //!
 //! Rules that callers keep, because correctness rests on them:
 //! - what was read is fed before anything else is done, in the order in which it was read. Where an event (discard, unmap,
@@ -24,6 +24,9 @@ mod changes;
 mod evict;
 mod faults;
 mod fetch;
+mod fork;
+#[cfg(test)]
+mod fork_tests;
 #[cfg(test)]
 mod model;
 pub mod page;
@@ -40,6 +43,7 @@ mod warm;
 pub use actions::Stop;
 pub use changes::RegisterError;
 pub use evict::Content;
+pub use fork::Forked;
 pub use pool::WORTH_PACKING;
 
 use std::collections::VecDeque;
@@ -73,6 +77,8 @@ const STUCK_RETRY_MS: u64 = 500;
 const WRITE_RETRY_MS: u64 = 100;
 /// Entries that a queue of hot pages may have beyond twice the pages that have a frame, before it is swept.
 const QUEUE_SLACK: u64 = 64;
+/// Frames that a client which is above its budget may use at once.
+const SPARE_FRAMES: u64 = 32;
 /// Faults at unknown addresses that may wait.
 const MAX_UNKNOWN: usize = 4096;
 /// Hints of one kind that may wait; a program that gives more of them loses hints.
@@ -82,7 +88,9 @@ const MAX_HINTS: usize = 64;
 pub trait Store {
     /// Takes up to `want` neighbouring slots and gives the first and how many; none if all are taken for now.
     fn take(&mut self, want: u32) -> Option<(Slot, u32)>;
-    /// Gives a slot back.
+    /// Adds an owner to a slot that the pager owns. False if it cannot have another.
+    fn share(&mut self, slot: Slot) -> bool;
+    /// Gives a slot back. It is free when its last owner has.
     fn give(&mut self, slot: Slot);
     /// Claims one page more for memory that grew without asking. False if swap is full.
     fn claim_page(&mut self) -> bool;
@@ -268,6 +276,8 @@ pub struct Pager<S> {
     sizes: Sizes,
     /// Pages with a frame.
     used: u64,
+    /// Frames beyond the budget that may be used for now: see [`Pager::ease_budget`].
+    surplus: u64,
     table_bytes: u64,
     /// Hot pages that are new, or come back after a long time: the first to go.
     probation: VecDeque<PageId>,
@@ -311,6 +321,10 @@ pub struct Pager<S> {
     refilling: bool,
     /// No new evictions and no maps for now.
     held: bool,
+    /// The client has no agent yet.
+    agentless: bool,
+    /// Pages so far that were discarded while on their way out.
+    discarded_out: u64,
     /// Pages to which the agent shall take access away.
     protect: Vec<PageId>,
     drains: VecDeque<Drain>,
@@ -356,6 +370,7 @@ impl<S: Store> Pager<S> {
             regions: Regions::default(),
             sizes,
             used: 0,
+            surplus: 0,
             table_bytes: 0,
             probation: VecDeque::new(),
             main: VecDeque::new(),
@@ -385,6 +400,8 @@ impl<S: Store> Pager<S> {
             evicting: 0,
             refilling: false,
             held: false,
+            agentless: false,
+            discarded_out: 0,
             protect: Vec::new(),
             drains: VecDeque::new(),
             drained: Vec::new(),
@@ -421,10 +438,28 @@ impl<S: Store> Pager<S> {
         self.sizes.overhead() + self.table_bytes + self.warm.bytes()
     }
 
+    /// Bytes that page tables take.
+    #[must_use]
+    pub fn table_bytes(&self) -> u64 {
+        self.table_bytes
+    }
+
+    /// The part of [`Pager::overhead`] that no eviction makes smaller.
+    #[must_use]
+    pub fn least_overhead(&self) -> u64 {
+        self.sizes.overhead() + self.table_bytes
+    }
+
     /// Frames that are free.
     #[must_use]
     pub fn free_frames(&self) -> u64 {
-        self.frames().saturating_sub(self.used)
+        (self.frames() + self.surplus).saturating_sub(self.used)
+    }
+
+    /// Whether frames are short.
+    #[must_use]
+    pub fn lacks_frames(&self) -> bool {
+        self.is_starved() || self.used + self.low_water() > self.frames() + self.evicting
     }
 
     /// Pages that the agent has been asked to move out and has not answered for.
@@ -438,6 +473,18 @@ impl<S: Store> Pager<S> {
     pub fn set_budget(&mut self, bytes: u64) {
         self.sizes.budget = bytes;
         self.set_warm_pages(self.warm_limit.saturating_mul(warm::SEGMENT_FRAMES));
+        self.surplus = 0;
+    }
+
+    /// Changes the budget to one that others need a part of. A client that is above it goes on meanwhile: of each two
+    /// frames that its agent frees, one may be used anew.
+    pub fn ease_budget(&mut self, bytes: u64) {
+        if bytes != self.sizes.budget {
+            self.sizes.budget = bytes;
+            self.set_warm_pages(self.warm_limit.saturating_mul(warm::SEGMENT_FRAMES));
+            let above = self.used.saturating_sub(self.frames());
+            self.surplus = if above > 0 { above + SPARE_FRAMES } else { 0 };
+        }
     }
 
     /// Whether the client holds no more frames than it may.
@@ -481,7 +528,8 @@ impl<S: Store> Pager<S> {
     pub fn deadline(&self) -> Option<u64> {
         // Without a free batch nothing can be asked; one that gets free is an event of its own.
         let first = self.discarded.front().into_iter().chain(self.discarded_later.front());
-        let grace = first.map(|d| d.since + DISCARD_GRACE_MS).min().filter(|_| self.probe_batch().is_some());
+        let can_probe = !self.agentless && self.probe_batch().is_some();
+        let grace = first.map(|d| d.since + DISCARD_GRACE_MS).min().filter(|_| can_probe);
         let stuck = self.wants_stuck().then_some(self.stuck_retry_at);
         let write = (!self.dirty.is_empty() && self.write_retry_at > 0).then_some(self.write_retry_at);
         [grace, stuck, write].into_iter().flatten().min()
@@ -557,6 +605,12 @@ impl<S: Store> Pager<S> {
                 self.warm.set_live(place, after == State::Warm);
             }
             count(&mut self.used, before.has_frame(), after.has_frame());
+            if self.surplus > 0 && before.has_frame() && !after.has_frame() {
+                let overhead = self.sizes.overhead() + self.table_bytes + self.warm.bytes();
+                let above = self.used.saturating_sub(self.sizes.budget.saturating_sub(overhead) / PAGE);
+                let most = if above > 0 { above + SPARE_FRAMES } else { 0 };
+                self.surplus = (self.surplus - self.used % 2).min(most);
+            }
             count(&mut region.resident, before.has_frame(), after.has_frame());
             count(&mut region.swapped, before.is_swapped(), after.is_swapped());
             count(&mut self.stats.swapped_pages, before.is_swapped(), after.is_swapped());

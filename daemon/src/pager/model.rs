@@ -14,7 +14,7 @@ mod agent;
 mod disk;
 mod kernel;
 mod program;
-mod rng;
+pub(super) mod rng;
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};

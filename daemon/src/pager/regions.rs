@@ -108,6 +108,34 @@ impl Regions {
         self.slots.get_mut(usize::from(region))?.as_mut()
     }
 
+    /// The same regions under the same numbers, with tables that `table` makes, but for those that are being unregistered.
+    /// Nothing is counted for their pages.
+    pub fn fork(&self, mut table: impl FnMut(&Region) -> Option<Table>) -> Self {
+        let mut fork = |region: &Region| {
+            let table = table(region)?;
+            Some(Region {
+                label: region.label.clone(),
+                table,
+                committed: region.committed.clone(),
+                advice: region.advice.clone(),
+                segments: region.segments.clone(),
+                resident: 0,
+                swapped: 0,
+                poisoned: 0,
+                at_agent: 0,
+                closing: false,
+                ..*region
+            })
+        };
+        let open = |region: &&Region| !region.closing;
+        let slots: Vec<_> =
+            self.slots.iter().map(|region| region.as_ref().filter(open).and_then(&mut fork)).collect();
+        let stays = |segment: &Segment| slots.get(usize::from(segment.region)).is_some_and(Option::is_some);
+        let by_addr = self.by_addr.iter().filter(|(_, s)| stays(s)).map(|(addr, s)| (*addr, *s)).collect();
+        let count = slots.iter().flatten().count();
+        Self { slots, by_addr, count }
+    }
+
     /// All, with their numbers.
     pub fn iter(&self) -> impl Iterator<Item = (u16, &Region)> {
         (0..=u16::MAX).zip(&self.slots).filter_map(|(number, region)| Some((number, region.as_ref()?)))

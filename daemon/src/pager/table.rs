@@ -33,6 +33,14 @@ impl Table {
         Some(Self { directory, pages, chunks: 0 })
     }
 
+    /// A table in another arena with room for the same pages, all `Zero`. None if that is full.
+    pub fn like(other: &Self, of: &Arena, arena: &mut Arena) -> Option<Self> {
+        let mut table = Self::new(arena, other.pages)?;
+        let described = (0..other.pages).step_by(usize::try_from(CHUNK_PAGES).unwrap_or(usize::MAX));
+        let mut described = described.filter(|index| other.has_chunk(of, *index));
+        described.all(|index| table.entry_or_new(arena, index).is_some()).then_some(table)
+    }
+
     fn directory_len(pages: u64) -> u64 {
         pages.div_ceil(CHUNK_PAGES) * 8
     }

@@ -150,6 +150,10 @@ impl Store for ClientSlots {
         self.swap.slots.take(&mut self.cursor, want)
     }
 
+    fn share(&mut self, slot: Slot) -> bool {
+        self.swap.slots.share(slot)
+    }
+
     fn give(&mut self, slot: Slot) {
         self.swap.slots.give(slot);
     }

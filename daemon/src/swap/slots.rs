@@ -2,8 +2,11 @@
 //!
 //! Each thread has a [`Cursor`] of its own and takes runs of neighbouring slots from where it stands, so that eviction
 //! writes are sequential; wholly free words of 64 slots come first, what is scattered is used when nothing else is left.
+//!
+//! After a fork a slot has several owners, parent and children: a counter beside the bit says how many more than one. The
+//! counters are made zeroed and untouched, so that they cost memory only where slots are shared.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU16, AtomicU64, Ordering};
 
 use fmalloc_proto::num::{to_u64, to_usize};
 
@@ -19,6 +22,8 @@ pub struct Slots {
     words: Box<[AtomicU64]>,
     /// Taken slots per group of words, so that full stretches are skipped.
     groups: Box<[AtomicU64]>,
+    /// Owners of each taken slot beyond the first.
+    extra: Box<[AtomicU16]>,
     /// Slots that exist now; the file may grow.
     capacity: AtomicU64,
     used: AtomicU64,
@@ -38,6 +43,7 @@ impl Slots {
         Self {
             words: zeroed(words),
             groups: zeroed(words.div_ceil(GROUP_WORDS)),
+            extra: zeroed_counters(words * to_usize(WORD_SLOTS)),
             capacity: AtomicU64::new(0),
             used: AtomicU64::new(0),
         }
@@ -87,8 +93,21 @@ impl Slots {
             .inspect(|&(slot, count)| cursor.next = u64::from(slot) + u64::from(count))
     }
 
-    /// Gives a slot back. It must have been taken.
+    /// Adds an owner to a slot that the caller owns. False if it has as many as can be counted.
+    #[must_use]
+    pub fn share(&self, slot: Slot) -> bool {
+        debug_assert!(self.is_taken(slot), "sharing a free slot");
+        let more = |extra: u16| extra.checked_add(1);
+        self.extra[to_usize(slot.into())].fetch_update(Ordering::Relaxed, Ordering::Relaxed, more).is_ok()
+    }
+
+    /// Gives a slot back. It must have been taken; with the last owner it becomes free.
     pub fn give(&self, slot: Slot) {
+        let less = |extra: u16| extra.checked_sub(1);
+        // Whoever frees the slot has seen all that other owners did with it.
+        if self.extra[to_usize(slot.into())].fetch_update(Ordering::AcqRel, Ordering::Acquire, less).is_ok() {
+            return;
+        }
         let (word, bit) = (to_usize(u64::from(slot) / WORD_SLOTS), u64::from(slot) % WORD_SLOTS);
         let before = self.words[word].fetch_and(!(1 << bit), Ordering::AcqRel);
         debug_assert!(before >> bit & 1 == 1, "slot {slot} given back twice");
@@ -179,10 +198,68 @@ fn zeroed(count: usize) -> Box<[AtomicU64]> {
     unsafe { Box::from_raw(Box::into_raw(plain) as *mut [AtomicU64]) }
 }
 
+/// The same for the counters.
+fn zeroed_counters(count: usize) -> Box<[AtomicU16]> {
+    let plain = vec![0_u16; count].into_boxed_slice();
+    // SAFETY: as in `zeroed`.
+    unsafe { Box::from_raw(Box::into_raw(plain) as *mut [AtomicU16]) }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use std::collections::HashSet;
+
+    #[test]
+    fn shared_slot_becomes_free_with_its_last_owner() {
+        let slots = Slots::new(64);
+        slots.grow(64);
+        let mut cursor = Cursor::default();
+        assert_eq!(slots.take(&mut cursor, 2), Some((0, 2)));
+        assert!(slots.share(1) && slots.share(1));
+        for left in [true, true, false] {
+            slots.give(1);
+            assert_eq!((slots.is_taken(1), slots.is_taken(0)), (left, true));
+        }
+        assert_eq!(slots.used(), 1);
+        slots.give(0);
+        assert_eq!(slots.used(), 0);
+    }
+
+    #[test]
+    fn slot_with_too_many_owners_is_not_shared_further() {
+        let slots = Slots::new(64);
+        slots.grow(64);
+        let (slot, _) = slots.take(&mut Cursor::default(), 1).unwrap();
+        for _ in 0..u16::MAX {
+            assert!(slots.share(slot));
+        }
+        assert!(!slots.share(slot));
+        for _ in 0..u16::MAX {
+            slots.give(slot);
+        }
+        assert!(slots.is_taken(slot));
+        slots.give(slot);
+        assert!(!slots.is_taken(slot));
+    }
+
+    #[test]
+    fn owners_on_many_threads_free_a_slot_once() {
+        let slots = Slots::new(64);
+        slots.grow(64);
+        for _ in 0..2000 {
+            let (slot, _) = slots.take(&mut Cursor::default(), 1).unwrap();
+            for _ in 0..3 {
+                assert!(slots.share(slot));
+            }
+            std::thread::scope(|scope| {
+                for _ in 0..4 {
+                    scope.spawn(|| slots.give(slot));
+                }
+            });
+            assert_eq!(slots.used(), 0);
+        }
+    }
 
     #[test]
     fn runs_are_sequential_while_the_file_is_empty() {

@@ -38,7 +38,7 @@ fn frame(request: &Request) -> Vec<u8> {
 }
 
 fn open() -> Request {
-    Request::Open(Open { name: "hostile".to_owned(), budget: 8 * MIB, user_mode_only: false })
+    Request::Open(Open { name: "hostile".to_owned(), budget: 8 * MIB, user_mode_only: false, group: None })
 }
 
 #[test]
@@ -127,7 +127,7 @@ fn random_bytes_end_the_connection_only() {
 fn wrong_number_of_descriptors_ends_the_connection() {
     unharmed(|daemon| {
         let ping = frame(&Request::Ping(Empty {}));
-        let attach = frame(&Request::Attach(Attach { agent_tid: 1, staging: None }));
+        let attach = frame(&Request::Attach(Attach { agent_tid: 1, staging: None, inherit: false }));
         // Five are more than a message may have, 200 more than any sane receiver takes.
         for (bytes, count) in [(&ping, 1), (&ping, 4), (&ping, 5), (&ping, 200), (&attach, 0), (&attach, 2)] {
             let peer = daemon.connect(Role::Control);
@@ -146,7 +146,11 @@ fn descriptor_that_is_no_userfaultfd_is_refused() {
         let (pipe, _writer) = nix::unistd::pipe().unwrap();
         let peer = daemon.connect(Role::Pager);
         peer.open(8 * MIB).unwrap();
-        peer.send(2, &Request::Attach(Attach { agent_tid: 1, staging: None }), &[pipe.as_fd()]);
+        peer.send(
+            2,
+            &Request::Attach(Attach { agent_tid: 1, staging: None, inherit: false }),
+            &[pipe.as_fd()],
+        );
         let failure = peer.assert_ended(ErrorCode::Protocol);
         assert!(failure.text.contains("userfaultfd"), "{}", failure.text);
     });
@@ -226,7 +230,11 @@ fn clients_that_vanish_half_way_leave_nothing() {
             let peer = daemon.connect(Role::Pager);
             peer.open(8 * MIB).unwrap();
             if let Some(uffd) = userfaultfd() {
-                peer.send(2, &Request::Attach(Attach { agent_tid: 1, staging: None }), &[uffd.as_fd()]);
+                peer.send(
+                    2,
+                    &Request::Attach(Attach { agent_tid: 1, staging: None, inherit: false }),
+                    &[uffd.as_fd()],
+                );
             }
         }
         let peer = daemon.connect(Role::Control);

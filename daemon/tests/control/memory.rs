@@ -40,7 +40,11 @@ impl Client {
             return None;
         };
         let (opened, _) = peer.open(budget).unwrap();
-        peer.send(2, &Request::Attach(Attach { agent_tid: 1, staging: None }), &[uffd.as_fd()]);
+        peer.send(
+            2,
+            &Request::Attach(Attach { agent_tid: 1, staging: None, inherit: false }),
+            &[uffd.as_fd()],
+        );
         assert!(matches!(peer.reply(), (2, Reply::Attached(_))));
         Some(Self { peer, number: opened.client, _uffd: uffd })
     }
@@ -195,7 +199,7 @@ fn userfaultfd_that_was_used_before_is_refused() {
     assert_eq!(unsafe { libc::ioctl(uffd.as_raw_fd(), 0xc018_aa3f, &raw mut api) }, 0);
     let peer = daemon.connect(Role::Pager);
     peer.open(8 * MIB).unwrap();
-    peer.send(2, &Request::Attach(Attach { agent_tid: 1, staging: None }), &[uffd.as_fd()]);
+    peer.send(2, &Request::Attach(Attach { agent_tid: 1, staging: None, inherit: false }), &[uffd.as_fd()]);
     let failure = peer.assert_ended(ErrorCode::Unsupported);
     assert!(failure.text.contains("handshake"), "{}", failure.text);
     assert_all_given_back(&daemon);
@@ -206,7 +210,11 @@ fn client_attaches_once() {
     let daemon = Daemon::start(&[]);
     let Some(client) = Client::attach(&daemon, 8 * MIB) else { return };
     let uffd = userfaultfd().unwrap();
-    client.peer.send(3, &Request::Attach(Attach { agent_tid: 1, staging: None }), &[uffd.as_fd()]);
+    client.peer.send(
+        3,
+        &Request::Attach(Attach { agent_tid: 1, staging: None, inherit: false }),
+        &[uffd.as_fd()],
+    );
     client.peer.assert_ended(ErrorCode::Protocol);
     assert_all_given_back(&daemon);
 }

@@ -208,7 +208,7 @@ impl Peer {
     }
 
     pub(crate) fn open(&self, budget: u64) -> Result<(Opened, Vec<OwnedFd>), Failure> {
-        let open = Open { name: "test".to_owned(), budget, user_mode_only: false };
+        let open = Open { name: "test".to_owned(), budget, user_mode_only: false, group: None };
         self.send(1, &Request::Open(open), &[]);
         let (bytes, fds) = self.recv().unwrap();
         match codec::decode(&bytes).unwrap() {

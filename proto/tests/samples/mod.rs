@@ -1,5 +1,6 @@
 //! One sample of every message, and messages made from random numbers. Used by the round-trip tests and the fuzz loop.
 
+use fmalloc_proto::groups::{Adopt, ForkPrepared, GroupStats, GroupToken, Ready, Token};
 use fmalloc_proto::messages::{
     Advice, Advise, Attach, Attached, Budget, ClientId, ClientList, ClientRow, ClientStats, Empty, ErrorCode,
     Evict, Evicted, Failure, LatencyList, LatencyRow, Limit, Open, Opened, Page, RegionId, RegionList,
@@ -30,6 +31,21 @@ pub(crate) trait Source {
     fn text(&mut self) -> String {
         let len = self.below(41);
         (0..len).map(|_| ['a', 'ä', '€', '🦀', '\0', ' '][self.below(6)]).collect()
+    }
+}
+
+fn token(s: &mut impl Source) -> Token {
+    let (one, two) = (s.next(), s.next());
+    Token((u128::from(one) << 64 | u128::from(two)).to_le_bytes())
+}
+
+fn opened(s: &mut impl Source) -> Opened {
+    Opened {
+        client: s.next(),
+        budget: s.next(),
+        ring_batches: s.word(),
+        ring_batch_pages: s.word(),
+        device: s.flag(),
     }
 }
 
@@ -89,6 +105,8 @@ fn client_row(s: &mut impl Source) -> ClientRow {
         pid: s.word(),
         uid: s.word(),
         name: s.text(),
+        parent: s.next(),
+        group: s.next(),
         condition: s.text(),
         write_protect: s.flag(),
         regions: s.word(),
@@ -113,10 +131,16 @@ fn region_row(s: &mut impl Source) -> RegionRow {
 /// A request of each number.
 pub(crate) fn requests(s: &mut impl Source) -> Vec<Request> {
     vec![
-        Request::Open(Open { name: s.text(), budget: s.next(), user_mode_only: s.flag() }),
+        Request::Open(Open {
+            name: s.text(),
+            budget: s.next(),
+            user_mode_only: s.flag(),
+            group: s.flag().then(|| token(s)),
+        }),
         Request::Attach(Attach {
             agent_tid: s.word(),
             staging: s.flag().then(|| Staging { addr: s.next(), len: s.next() }),
+            inherit: s.flag(),
         }),
         Request::Register(Register { addr: s.next(), len: s.next(), commit: s.flag(), label: s.text() }),
         Request::Commit(range(s)),
@@ -127,6 +151,10 @@ pub(crate) fn requests(s: &mut impl Source) -> Vec<Request> {
         Request::SetBudget(Budget { bytes: s.next() }),
         Request::Goodbye(Empty {}),
         Request::Ping(Empty {}),
+        Request::PrepareFork(Empty {}),
+        Request::EndFork(Empty {}),
+        Request::Adopt(Adopt { token: token(s) }),
+        Request::Ready(Ready { agent_tid: s.word() }),
         Request::Status(Empty {}),
         Request::Clients(Page { after: s.next() }),
         Request::Regions(RegionsQuery { client: s.next(), from: s.word() }),
@@ -136,6 +164,8 @@ pub(crate) fn requests(s: &mut impl Source) -> Vec<Request> {
             region: s.flag().then(|| s.word()),
             bytes: s.flag().then(|| s.next()),
         }),
+        Request::NewGroup(Budget { bytes: s.next() }),
+        Request::GroupStats(GroupToken { token: token(s) }),
         Request::Latency(ClientId { client: s.next() }),
     ]
 }
@@ -145,17 +175,13 @@ pub(crate) fn replies(s: &mut impl Source) -> Vec<Reply> {
     vec![
         Reply::Error(Failure { code: CODES[s.below(CODES.len())], text: s.text() }),
         Reply::Done(Empty {}),
-        Reply::Opened(Opened {
-            client: s.next(),
-            budget: s.next(),
-            ring_batches: s.word(),
-            ring_batch_pages: s.word(),
-            device: s.flag(),
-        }),
+        Reply::Opened(opened(s)),
         Reply::Attached(Attached { poison: s.flag() }),
         Reply::Registered(Registered { region: s.word() }),
         Reply::Stats(stats(s)),
         Reply::Budget(Budget { bytes: s.next() }),
+        Reply::ForkPrepared(ForkPrepared { token: token(s) }),
+        Reply::Adopted(opened(s)),
         Reply::Status(Box::new(Status {
             version: s.text(),
             pid: s.word(),
@@ -176,6 +202,12 @@ pub(crate) fn replies(s: &mut impl Source) -> Vec<Reply> {
         Reply::Clients(ClientList { rows: (0..s.below(4)).map(|_| client_row(s)).collect(), more: s.flag() }),
         Reply::Regions(RegionList { rows: (0..s.below(4)).map(|_| region_row(s)).collect(), more: s.flag() }),
         Reply::Evicted(Evicted { bytes: s.next() }),
+        Reply::Group(GroupToken { token: token(s) }),
+        Reply::GroupStats(Box::new(GroupStats {
+            members: s.next(),
+            members_ever: s.next(),
+            stats: stats(s),
+        })),
         Reply::Latency(LatencyList {
             rows: vec![LatencyRow {
                 step: s.text(),

@@ -57,7 +57,8 @@ pub(super) fn ask_for_budget(socket: &OwnedFd) -> Result<Grant, Refusal> {
             format!("it speaks protocol versions {} to {} only: update the older side", hello.min, hello.max);
         return Err(Refusal::broken(text));
     }
-    let open = Open { name: "fmallocctl doctor".to_owned(), budget: MIN_BUDGET, user_mode_only: false };
+    let open =
+        Open { name: "fmallocctl doctor".to_owned(), budget: MIN_BUDGET, user_mode_only: false, group: None };
     let (reply, mut fds) = exchange(socket, &mut buffer, 1, &Request::Open(open))?;
     let Reply::Opened(Opened { device, .. }) = reply else {
         return Err(Refusal::broken(format!("it answered something else: {reply:?}")));

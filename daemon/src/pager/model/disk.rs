@@ -76,6 +76,10 @@ impl Store for TestStore {
         Some((Slot::try_from(first).unwrap(), u32::try_from(count).unwrap()))
     }
 
+    fn share(&mut self, _: Slot) -> bool {
+        false // no forks here
+    }
+
     fn give(&mut self, slot: Slot) {
         let slot = &mut self.0.borrow_mut().slots[slot as usize];
         assert!(slot.taken, "slot given back twice");

@@ -1,17 +1,17 @@
 //! Random numbers that a seed determines.
 
 #[derive(Debug, Clone)]
-pub(super) struct Rng(u64);
+pub(in crate::pager) struct Rng(u64);
 
 impl Rng {
-    pub(super) fn new(seed: u64) -> Self {
+    pub(in crate::pager) fn new(seed: u64) -> Self {
         let mut rng = Self(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
         rng.next();
         rng.next();
         rng
     }
 
-    pub(super) fn next(&mut self) -> u64 {
+    pub(in crate::pager) fn next(&mut self) -> u64 {
         self.0 ^= self.0 >> 12;
         self.0 ^= self.0 << 25;
         self.0 ^= self.0 >> 27;
@@ -19,20 +19,20 @@ impl Rng {
     }
 
     /// Below `end`, which must be above zero.
-    pub(super) fn below(&mut self, end: u64) -> u64 {
+    pub(in crate::pager) fn below(&mut self, end: u64) -> u64 {
         (self.next() >> 16) % end
     }
 
     /// From `low` to `high`, both included.
-    pub(super) fn range(&mut self, low: u64, high: u64) -> u64 {
+    pub(in crate::pager) fn range(&mut self, low: u64, high: u64) -> u64 {
         low + self.below(high - low + 1)
     }
 
-    pub(super) fn index(&mut self, len: usize) -> usize {
+    pub(in crate::pager) fn index(&mut self, len: usize) -> usize {
         usize::try_from(self.below(len as u64)).unwrap()
     }
 
-    pub(super) fn one_in(&mut self, n: u64) -> bool {
+    pub(in crate::pager) fn one_in(&mut self, n: u64) -> bool {
         self.below(n) == 0
     }
 }

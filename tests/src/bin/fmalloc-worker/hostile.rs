@@ -72,7 +72,7 @@ impl Peer {
     fn open() -> anyhow::Result<Self> {
         let socket = connect()?;
         greet(socket.as_fd())?;
-        let open = Open { name: "hostile".to_owned(), budget: BUDGET, user_mode_only: false };
+        let open = Open { name: "hostile".to_owned(), budget: BUDGET, user_mode_only: false, group: None };
         let (reply, fds) = ask(socket.as_fd(), 1, &Request::Open(open), &[])?;
         let Reply::Opened(opened) = reply else { bail!("not opened: {reply:?}") };
         let mut fds = fds.into_iter();
@@ -106,8 +106,13 @@ impl Peer {
     fn attach(&mut self, fd: BorrowedFd<'_>) -> anyhow::Result<Reply> {
         self.last += 1;
         let agent_tid = u32::try_from(nix::unistd::gettid().as_raw())?;
-        Ok(ask(self.socket.as_fd(), self.last, &Request::Attach(Attach { agent_tid, staging: None }), &[fd])?
-            .0)
+        Ok(ask(
+            self.socket.as_fd(),
+            self.last,
+            &Request::Attach(Attach { agent_tid, staging: None, inherit: false }),
+            &[fd],
+        )?
+        .0)
     }
 
     fn register(&mut self, addr: u64, len: u64) -> anyhow::Result<Reply> {

@@ -10,6 +10,7 @@ mod calls;
 mod content;
 mod endure;
 mod hostile;
+mod kin;
 mod life;
 mod mappings;
 mod meter;
@@ -36,22 +37,26 @@ struct Job {
 }
 
 fn main() {
-    let state = Arc::new(State::default());
+    serve(&Arc::new(State::default()), std::io::stdin().lock(), std::io::stdout());
+}
+
+/// Does what is told until there is no more. False if nobody takes the answers.
+fn serve(state: &Arc<State>, commands: impl BufRead, mut answers: impl Write) -> bool {
     let mut jobs = HashMap::new();
-    for line in std::io::stdin().lock().lines() {
-        let Ok(line) = line else { return };
+    for line in commands.lines() {
+        let Ok(line) = line else { return false };
         if line == "quit" {
             break;
         }
-        let answer = match command(&state, &mut jobs, &line) {
+        let answer = match command(state, &mut jobs, &line) {
             Ok(value) => json!({ "ok": value }),
             Err(error) => json!({ "error": { "kind": kind(&error), "text": format!("{error:#}") } }),
         };
-        let mut out = std::io::stdout().lock();
-        if writeln!(out, "{answer}").and_then(|()| out.flush()).is_err() {
-            return;
+        if writeln!(answers, "{answer}").and_then(|()| answers.flush()).is_err() {
+            return false;
         }
     }
+    true
 }
 
 /// The variant of the library's error, for [`fmalloc_tests::worker::Failed`].
@@ -90,6 +95,7 @@ fn command(state: &Arc<State>, jobs: &mut HashMap<String, Job>, line: &str) -> O
             job.stop.store(true, Ordering::Relaxed);
             job.thread.join().map_err(|_| anyhow::anyhow!("the job panicked"))?
         }
+        "fork" => kin::make(state, &mut args),
         "finish" => {
             job(jobs, args.text()?)?.thread.join().map_err(|_| anyhow::anyhow!("the job panicked"))?
         }
@@ -143,6 +149,24 @@ fn run(state: &State, name: &str, args: &mut Args<'_>, stop: &AtomicBool) -> Out
         "pin" => pin::pin(state, args),
         "pinned-in" => pin::read_in(state, args),
         "unpin" => pin::unpin(),
+
+        "connect-inherit" => kin::connect(state, args),
+        "private-inherit" => kin::private(state, args),
+        "fork-raw" => kin::raw(state, args),
+        "new-group" => kin::new_group(args),
+        "group-stats" => kin::group_stats(args),
+        "connect-group" => kin::join(state, args),
+        "child-tell" => kin::order(state, args),
+        "outlive" => kin::outlive(state, args),
+        "nag" => kin::nag(state, stop),
+        "fork-lost" => kin::lost(state, args),
+        "child" => kin::tell(state, args),
+        "child-wait" => kin::wait(state, args),
+        "child-kill" => kin::end(state, args),
+        "fork-exec" => kin::exec(state, args),
+        "versions" => kin::versions(state, args),
+        "write-versions" => kin::write_versions(state, args, stop),
+        "check-versions" => kin::check_versions(state, args),
 
         "fork-touch" => life::fork_touch(state, args),
         "fork-calls" => life::fork_calls(state, args),

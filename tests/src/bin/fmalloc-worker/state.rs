@@ -11,11 +11,15 @@ use fmalloc_proto::num::to_usize;
 use fmalloc_proto::size::Size;
 use fmalloc_tests::pattern::WORDS;
 
+use crate::kin::{Children, Versions};
+
 /// Everything that outlives a command.
 #[derive(Default)]
 pub(crate) struct State {
     pager: Mutex<Option<Pager>>,
     memories: Mutex<HashMap<String, Arc<Memory>>>,
+    pub(crate) children: Children,
+    pub(crate) versions: Versions,
 }
 
 impl State {
