@@ -1,7 +1,7 @@
 //! The benchmark itself, with sizes that say nothing about speed: that it measures what it says, notices wrong data, and
 //! leaves the machine as it was.
 
-#![allow(clippy::unwrap_used, reason = "a failure here is a failed test")]
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a failure here is a failed test")]
 
 use std::fs::{self, File};
 use std::path::Path;

@@ -86,6 +86,7 @@ impl Options {
             budget: (self.ram > 0).then_some(self.ram),
             name: name.map(|name| name.to_string_lossy().into_owned()),
             user_mode_only: self.user_mode_only,
+            ..ConnectOptions::default()
         };
         let private = || -> Result<Pager, Failure> {
             let swap_dir = path.map(PathBuf::from).map(directory).transpose()?;

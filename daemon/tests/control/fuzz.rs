@@ -87,7 +87,7 @@ impl<'a> Fuzzer<'a> {
             }
         }
         if let Some(uffd) = &uffd {
-            let attach = Request::Attach(Attach { agent_tid: 1, staging: None });
+            let attach = Request::Attach(Attach { agent_tid: 1, staging: None, inherit: false });
             peer.send(2, &attach, &[uffd.as_fd()]);
             self.attached += u64::from(matches!(peer.reply().1, Reply::Attached(_)));
         }

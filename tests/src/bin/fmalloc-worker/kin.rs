@@ -394,12 +394,12 @@ pub(crate) fn check_versions(state: &State, args: &mut Args<'_>) -> Outcome {
         ensure!(begin.elapsed().as_secs() < 30, "the parent does not say what it has written");
         thread::yield_now();
     }
-    for index in 0..memory.pages() {
+    for (index, before) in before.iter().enumerate().take(memory.pages()) {
         let (least, most) = if now {
             let done = written.done[index].load(Ordering::SeqCst);
             (done, done)
         } else {
-            (before[index], written.after[index + 1].load(Ordering::SeqCst) + 1)
+            (*before, written.after[index + 1].load(Ordering::SeqCst) + 1)
         };
         let page = memory.page(index);
         let (new, old) = (page[0] >> 32, page[WORDS - 1] >> 32);
