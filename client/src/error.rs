@@ -155,6 +155,28 @@ impl Error {
     }
 }
 
+impl From<Error> for std::io::Error {
+    /// The kind says what a program can act on; the error itself is inside.
+    fn from(error: Error) -> Self {
+        use std::io::ErrorKind;
+        let kind = match &error {
+            Error::NoDaemon { .. } | Error::NoDaemonBinary { .. } => ErrorKind::NotConnected,
+            Error::Denied { .. } | Error::NoUserfaultfd { .. } => ErrorKind::PermissionDenied,
+            Error::PoolFull { .. } | Error::SwapFull { .. } => ErrorKind::OutOfMemory,
+            Error::Unsupported { .. } => ErrorKind::Unsupported,
+            Error::DaemonGone | Error::AgentFailed | Error::Conversation { .. } => ErrorKind::BrokenPipe,
+            Error::Refused { code: ErrorCode::FileFull, .. } => ErrorKind::StorageFull,
+            Error::Refused { code: ErrorCode::FileBusy, .. } => ErrorKind::ResourceBusy,
+            Error::Refused { code: ErrorCode::Invalid, .. } | Error::Invalid { .. } => {
+                ErrorKind::InvalidInput
+            }
+            Error::System { errno, .. } => Self::from_raw_os_error(*errno).kind(),
+            Error::Forked | Error::Refused { .. } => ErrorKind::Other,
+        };
+        Self::new(kind, error)
+    }
+}
+
 impl From<Failure> for Error {
     fn from(Failure { code, text }: Failure) -> Self {
         match code {

@@ -56,6 +56,8 @@ mod herald;
 mod link;
 #[cfg(unix)]
 mod local;
+#[cfg(unix)]
+pub mod mmap;
 mod options;
 mod own;
 #[cfg(unix)]

@@ -9,6 +9,7 @@ use fmalloc_proto::messages::{Reply, Request};
 use fmalloc_proto::validate;
 use nix::errno::Errno;
 
+use crate::agent::lent::Lent;
 use crate::agent::mailbox::{Job, Mailbox, Slot};
 use crate::error::Error;
 use crate::health::{Health, HealthCell};
@@ -41,6 +42,17 @@ pub(crate) struct Link {
     pub(crate) mailbox: Mailbox,
     next_id: AtomicU32,
     leaked: AtomicBool,
+}
+
+/// A request whose reply nobody waits for yet.
+#[derive(Debug)]
+pub(crate) struct Begun(Slot);
+
+impl Begun {
+    /// Whether there is a reply, or none to come.
+    pub(crate) fn is_done(&self) -> bool {
+        self.0.is_done()
+    }
 }
 
 impl Link {
@@ -132,16 +144,34 @@ impl Link {
     /// # Errors
     /// The daemon's refusal, or why there was no answer ([`Error::is_uncertain`]).
     pub(crate) fn call(&self, request: &Request) -> Result<Reply, Error> {
+        self.call_with(request, None)
+    }
+
+    /// [`Link::call`] with a file of the calling thread's, which must stay open meanwhile.
+    pub(crate) fn call_with(&self, request: &Request, file: Option<Lent>) -> Result<Reply, Error> {
+        let begun = self.start(request, file)?;
+        self.finish(begun)
+    }
+
+    fn start(&self, request: &Request, file: Option<Lent>) -> Result<Begun, Error> {
         self.check()?;
         let _inside = own::enter();
         validate::request(request).map_err(|invalid| Error::invalid(invalid.to_string()))?;
         let id = self.next_id.fetch_add(1, Ordering::Relaxed).max(FIRST_ID);
         let frame = codec::encode(id, request).map_err(|error| Error::invalid(error.to_string()))?;
         let (slot, waiter) = Slot::new();
-        if !self.mailbox.put(Job { id, frame, waiter }) {
+        if !self.mailbox.put(Job { id, frame, file, waiter }) {
             return Err(self.trouble());
         }
-        match slot.wait(|| self.wake()) {
+        Ok(Begun(slot))
+    }
+
+    /// Waits for the reply to what was begun.
+    ///
+    /// # Errors
+    /// As [`Link::call`].
+    pub(crate) fn finish(&self, begun: Begun) -> Result<Reply, Error> {
+        match begun.0.wait(|| self.wake()) {
             Some(Reply::Error(failure)) => Err(failure.into()),
             Some(reply) => Ok(reply),
             None => Err(self.trouble()),
@@ -153,10 +183,20 @@ impl Link {
         let id = self.next_id.fetch_add(1, Ordering::Relaxed).max(FIRST_ID);
         let (_slot, waiter) = Slot::new();
         if let Ok(frame) = codec::encode(id, request)
-            && self.mailbox.put(Job { id, frame, waiter })
+            && self.mailbox.put(Job { id, frame, file: None, waiter })
         {
             self.wake();
         }
+    }
+
+    /// Sends a request and does not wait.
+    ///
+    /// # Errors
+    /// [`Link::call`]'s, as far as they are known already.
+    pub(crate) fn begin(&self, request: &Request) -> Result<Begun, Error> {
+        let begun = self.start(request, None)?;
+        self.wake();
+        Ok(begun)
     }
 
     /// [`Link::call`] for requests whose reply says nothing more.

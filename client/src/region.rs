@@ -219,21 +219,36 @@ impl Region {
     }
 
     fn make(pager: &Pager, len: usize, commit: bool, label: &str) -> Result<Self, Error> {
+        let access = if commit { libc::PROT_READ | libc::PROT_WRITE } else { libc::PROT_NONE };
+        Self::make_with(pager, len, access, commit, pager.inherits(), label, |register| {
+            pager.link().call(&Request::Register(register))
+        })
+    }
+
+    /// Maps memory and has it registered by `register`. Forked children have it only if `inherit` says so.
+    pub(crate) fn make_with(
+        pager: &Pager,
+        len: usize,
+        access: i32,
+        commit: bool,
+        inherit: bool,
+        label: &str,
+        register: impl FnOnce(Register) -> Result<Reply, Error>,
+    ) -> Result<Self, Error> {
         if len == 0 || to_u64(len) > MAX_REGION {
             return Err(Error::invalid(format!("a region of {len} bytes; it must have 1 to {MAX_REGION}")));
         }
         pager.link().check()?;
         let mapped = len.next_multiple_of(PAGE_SIZE);
-        let access = if commit { libc::PROT_READ | libc::PROT_WRITE } else { libc::PROT_NONE };
-        let base = sys::map_anonymous(mapped, access, pager.inherits())
+        let base = sys::map_anonymous(mapped, access, inherit)
             .map_err(|errno| Error::system("mapping addresses for a region", errno))?;
-        let request = Request::Register(Register {
+        let outcome = register(Register {
             addr: to_u64(base.as_ptr().expose_provenance()),
             len: to_u64(mapped),
             commit,
             label: cut(label),
         });
-        let outcome = pager.link().call(&request).and_then(|reply| match reply {
+        let outcome = outcome.and_then(|reply| match reply {
             Reply::Registered(registered) => Ok(registered.region),
             other => Err(Link::unexpected(&other)),
         });
@@ -246,12 +261,12 @@ impl Region {
         }
     }
 
-    fn link(&self) -> &Link {
+    pub(crate) fn link(&self) -> &Link {
         self.pager.link()
     }
 
     /// The whole pages around a range; none for an empty one.
-    fn around(&self, range: &Range<usize>) -> Result<Option<Range<usize>>, Error> {
+    pub(crate) fn around(&self, range: &Range<usize>) -> Result<Option<Range<usize>>, Error> {
         self.check_range(range)?;
         let start = range.start - range.start % PAGE_SIZE;
         Ok((!range.is_empty()).then(|| start..range.end.next_multiple_of(PAGE_SIZE)))
@@ -289,7 +304,7 @@ impl Region {
     /// Ends one [`Region::hold`] of the same range.
     pub fn release(&self, _: &Range<usize>) {}
 
-    fn part(&self, pages: &Range<usize>) -> RegionRange {
+    pub(crate) fn part(&self, pages: &Range<usize>) -> RegionRange {
         RegionRange { region: self.id, offset: to_u64(pages.start), len: to_u64(pages.len()) }
     }
 

@@ -19,8 +19,12 @@ pub const MAX_NAME: usize = 64;
 pub const MAX_TEXT: usize = 1024;
 /// Most rows in one page of a listing; longer listings are asked for page by page.
 pub const MAX_ROWS: usize = 64;
+/// Most runs in one [`crate::messages::Changed`]: with 18 bytes each they fit into a message.
+pub const MAX_RUNS: usize = 2048;
 /// Longest region in bytes: 64 TiB, half of a 47-bit address space.
 pub const MAX_REGION: u64 = 1 << 46;
+/// Furthest end of a mapped part of a file, in bytes: offsets of the system are signed.
+pub const MAX_FILE: u64 = 1 << 62;
 /// Addresses at and above this are never the user's on 64-bit Linux.
 pub const MAX_ADDRESS: u64 = 1 << 47;
 /// Smallest budget that a client may have: the ring, the I/O buffers and the page tables come out of it, and

@@ -71,6 +71,20 @@ numbered! {
         /// The child's agent can evict, in the place of [`Request::Attach`]. Answered by [`Reply::Done`].
         15 Ready(Ready),
 
+        /// Puts a mapped range under paging whose content is that of a file (two fds). Answered by [`Reply::Registered`].
+        20 RegisterFile(RegisterFile),
+        /// Has changed pages written to the region's file. Answered by [`Reply::Done`].
+        21 Flush(Flush),
+        /// Lets a region that was registered read-only change its file. Answered by [`Reply::Done`].
+        22 MakeWritable(RegionId),
+        /// Which pages of a private region differ from the file. Answered by [`Reply::Changed`].
+        23 Changed(RegionRange),
+        /// Reads a range in as far as the budget allows. Answered by [`Reply::Done`] when it is there.
+        24 Prefetch(RegionRange),
+        /// Puts another range under paging over the file of a region, from the same place on and in the same mode. Answered
+        /// by [`Reply::Registered`].
+        25 RegisterLike(RegisterLike),
+
         /// The daemon's state. Answered by [`Reply::Status`].
         32 Status(Empty),
         /// A page of the list of clients. Answered by [`Reply::Clients`].
@@ -112,6 +126,8 @@ numbered! {
         8 ForkPrepared(ForkPrepared),
         /// Answer to [`Request::Adopt`]; carries fds: those of [`Reply::Opened`], with the child's userfaultfd in front.
         9 Adopted(Opened),
+        /// Answer to [`Request::Changed`].
+        20 Changed(Changed),
         /// Answer to [`Request::Status`].
         32 Status(Box<Status>),
         /// Answer to [`Request::Clients`].
@@ -133,7 +149,11 @@ impl Request {
     /// File descriptors that must come with this message, neither more nor fewer.
     #[must_use]
     pub fn fd_count(&self) -> usize {
-        usize::from(matches!(self, Self::Attach(_)))
+        match self {
+            Self::Attach(_) => 1,
+            Self::RegisterFile(_) => 2,
+            _ => 0,
+        }
     }
 }
 
@@ -221,6 +241,67 @@ pub struct Register {
     pub commit: bool,
     /// Shown by `fmallocctl`; at most [`crate::limits::MAX_NAME`] bytes.
     pub label: String,
+}
+
+/// How a region treats its file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum FileMode {
+    /// Only reads it.
+    ReadOnly,
+    /// Writes what was changed back to it.
+    Shared,
+    /// Leaves it as it is: pages that were changed go to the swap file.
+    Private,
+}
+
+/// Body of [`Request::RegisterFile`]. Fds, in this order: the file, and the same file once more, by a description of its
+/// own with O_DIRECT where the file system has that.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RegisterFile {
+    /// The range; swap is claimed only for a private region.
+    pub region: Register,
+    /// Where in the file the region starts, in bytes; page aligned.
+    pub offset: u64,
+    /// What becomes of changes.
+    pub mode: FileMode,
+}
+
+/// Body of [`Request::RegisterLike`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RegisterLike {
+    /// The range; swap is claimed only for a private region.
+    pub region: Register,
+    /// The region whose file it is.
+    pub of: u32,
+}
+
+/// Body of [`Request::Flush`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Flush {
+    /// Which pages.
+    pub range: RegionRange,
+    /// How far to go before the answer.
+    pub until: FlushUntil,
+}
+
+/// What a [`Flush`] waits for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum FlushUntil {
+    /// Nothing.
+    Begun,
+    /// The file has the changes: whoever reads it sees them.
+    Written,
+    /// The disk has them.
+    Synced,
+}
+
+/// Body of [`Reply::Changed`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Changed {
+    /// Index of a page in the region, and pages from there on; ascending, at most [`crate::limits::MAX_RUNS`].
+    pub runs: Vec<(u64, u64)>,
+    /// Index of the page from which to ask again; none at the end of the range.
+    pub next: Option<u64>,
 }
 
 /// Body of [`Reply::Registered`].
@@ -378,6 +459,12 @@ pub enum ErrorCode {
     Draining,
     /// An operation of the system failed.
     System,
+    /// The disk of a mapped file is full, or its owner's quota is used up; the changes are kept in memory.
+    FileFull,
+    /// A mapped file could not be written or brought to the disk.
+    FileFailed,
+    /// Another region writes to the same part of the file.
+    FileBusy,
 }
 
 /// Body of [`Reply::Error`].
@@ -420,6 +507,10 @@ pub struct ClientStats {
     pub faults_rescued: u64,
     /// Faults that had to wait because no frame was free.
     pub faults_stalled: u64,
+    /// Pages read from mapped files.
+    pub file_pages_in: u64,
+    /// Pages written to mapped files.
+    pub file_pages_out: u64,
     /// Pages read from the swap file.
     pub pages_in: u64,
     /// Of these, read ahead of a fault.

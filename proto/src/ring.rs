@@ -51,13 +51,15 @@ pub enum BatchKind {
     Probe = 2,
     /// Take access to the pages away for good (where the kernel cannot poison).
     Protect = 3,
+    /// Copy the bytes of the pages into the ring and leave the pages where they are.
+    Copy = 4,
 }
 
 impl BatchKind {
     /// The kind with this number.
     #[must_use]
     pub fn from_number(number: u32) -> Option<Self> {
-        [Self::Evict, Self::Probe, Self::Protect].into_iter().find(|kind| *kind as u32 == number)
+        [Self::Evict, Self::Probe, Self::Protect, Self::Copy].into_iter().find(|kind| *kind as u32 == number)
     }
 }
 
@@ -79,14 +81,16 @@ pub enum PageResult {
     Protected = 6,
     /// The agent could not do it; nothing has changed.
     Failed = 7,
+    /// Copy: its bytes are in the ring.
+    Copied = 8,
 }
 
 impl PageResult {
     /// The result with this number.
     #[must_use]
     pub fn from_number(number: u32) -> Option<Self> {
-        use PageResult::{Absent, Busy, Failed, Moved, Present, Protected, Refused};
-        [Moved, Absent, Busy, Refused, Present, Protected, Failed]
+        use PageResult::{Absent, Busy, Copied, Failed, Moved, Present, Protected, Refused};
+        [Moved, Absent, Busy, Refused, Present, Protected, Failed, Copied]
             .into_iter()
             .find(|result| *result as u32 == number)
     }

@@ -3,8 +3,8 @@
 
 use thiserror::Error;
 
-use crate::limits::{MAX_ADDRESS, MAX_NAME, MAX_REGION, MIN_BUDGET, PAGE};
-use crate::messages::{Attach, RegionRange, Request};
+use crate::limits::{MAX_ADDRESS, MAX_FILE, MAX_NAME, MAX_REGION, MIN_BUDGET, PAGE};
+use crate::messages::{Attach, RegionRange, Register, Request};
 
 /// A field that makes no sense.
 #[derive(Debug, Error, PartialEq, Eq)]
@@ -35,16 +35,17 @@ pub fn request(request: &Request) -> Result<(), Invalid> {
             name(&open.name)?;
             if open.budget == 0 || open.group.is_some() { Ok(()) } else { budget(open.budget) }
         }
-        Request::Register(register) => {
-            name(&register.label)?;
-            range(register.addr, register.len, MAX_ADDRESS)?;
-            if register.len <= MAX_REGION {
-                Ok(())
-            } else {
-                Err(Invalid::Range { start: register.addr, len: register.len })
-            }
+        Request::Register(register) => region(register),
+        Request::RegisterFile(file) => {
+            region(&file.region)?;
+            range(file.offset, file.region.len, MAX_FILE)
         }
-        Request::Commit(part) | Request::Decommit(part) => region_range(part),
+        Request::RegisterLike(like) => region(&like.region),
+        Request::Commit(part)
+        | Request::Decommit(part)
+        | Request::Changed(part)
+        | Request::Prefetch(part) => region_range(part),
+        Request::Flush(flush) => region_range(&flush.range),
         Request::Advise(advise) => region_range(&advise.range),
         Request::Attach(Attach { staging: Some(staging), .. }) => {
             range(staging.addr, staging.len, MAX_ADDRESS)
@@ -53,6 +54,7 @@ pub fn request(request: &Request) -> Result<(), Invalid> {
         Request::Limit(limit) => budget(limit.bytes),
         Request::Attach(_)
         | Request::Unregister(_)
+        | Request::MakeWritable(_)
         | Request::Stats(_)
         | Request::Goodbye(_)
         | Request::Ping(_)
@@ -66,6 +68,16 @@ pub fn request(request: &Request) -> Result<(), Invalid> {
         | Request::Regions(_)
         | Request::Evict(_)
         | Request::Latency(_) => Ok(()),
+    }
+}
+
+fn region(register: &Register) -> Result<(), Invalid> {
+    name(&register.label)?;
+    range(register.addr, register.len, MAX_ADDRESS)?;
+    if register.len <= MAX_REGION {
+        Ok(())
+    } else {
+        Err(Invalid::Range { start: register.addr, len: register.len })
     }
 }
 

@@ -28,7 +28,7 @@ pub(crate) struct Gone;
 #[derive(Debug)]
 pub(crate) struct Control {
     socket: OwnedFd,
-    outgoing: VecDeque<Vec<u8>>,
+    outgoing: VecDeque<(Vec<u8>, Vec<OwnedFd>)>,
     pending: HashMap<u32, Waiter>,
     buffer: Vec<u8>,
 }
@@ -51,14 +51,19 @@ impl Control {
 
     /// Queues a request.
     pub(crate) fn post(&mut self, job: Job) {
+        let fds = match job.file.map(|file| file.open()).transpose() {
+            Ok(fds) => fds.map(Vec::from).unwrap_or_default(),
+            Err(failure) => return job.waiter.answer(Reply::Error(failure)),
+        };
         self.pending.insert(job.id, job.waiter);
-        self.outgoing.push_back(job.frame);
+        self.outgoing.push_back((job.frame, fds));
     }
 
     /// Sends what the socket takes.
     pub(crate) fn send(&mut self) -> Result<(), Gone> {
-        while let Some(frame) = self.outgoing.front() {
-            match transport::send(self.socket.as_fd(), frame, &[]) {
+        while let Some((frame, fds)) = self.outgoing.front() {
+            let fds: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
+            match transport::send(self.socket.as_fd(), frame, &fds) {
                 Ok(()) => drop(self.outgoing.pop_front()),
                 Err(TransportError::WouldBlock) => break,
                 Err(_) => return Err(Gone),
@@ -90,7 +95,7 @@ impl Control {
     pub(crate) fn farewell(&mut self, link: &Link) {
         let Ok(frame) = codec::encode(FAREWELL_ID, &Request::Goodbye(Empty {})) else { return };
         let (_slot, waiter) = Slot::new();
-        self.post(Job { id: FAREWELL_ID, frame, waiter });
+        self.post(Job { id: FAREWELL_ID, frame, file: None, waiter });
         let deadline = Instant::now() + FAREWELL;
         while self.send().is_ok() && self.receive(link).is_ok() && self.pending.contains_key(&FAREWELL_ID) {
             let left = deadline.saturating_duration_since(Instant::now());

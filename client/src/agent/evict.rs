@@ -1,4 +1,5 @@
-//! Serves one batch of the ring: has pages moved out of regions, looks whether pages are there, or takes access away.
+//! Serves one batch of the ring: has pages moved or copied out of regions, looks whether pages are there, or takes access
+//! away.
 //! Nothing here allocates, locks, logs, or touches memory of a region other than through the kernel.
 //!
 //! What the agent is asked to do may be out of date: the application may have unmapped a part of a region and mapped
@@ -14,7 +15,7 @@ use nix::unistd::{read, write};
 
 use super::mover::Mover;
 use super::remapper::Remapper;
-use super::sight::Sight;
+use super::sight::{Sight, run_end};
 use crate::sys::{self, Coverage, Uffd};
 
 /// How pages leave a region.
@@ -86,6 +87,7 @@ impl Evictor {
                     None => PageResult::Failed,
                 });
             }
+            Some(BatchKind::Copy) => self.copy(batch, count),
             Some(BatchKind::Protect) => self.each(batch, count, Self::protect),
             None => self.each(batch, count, |_, _| PageResult::Failed),
         }
@@ -95,6 +97,31 @@ impl Evictor {
         for index in 0..count {
             let result = work(self, self.ring.addr(batch, index));
             self.ring.set_result(batch, index, result);
+        }
+    }
+
+    /// Copies the pages of a batch, as many as are there, run by run. A run may cross mappings: then page by page.
+    fn copy(&self, batch: u32, count: u32) {
+        let mut index = 0;
+        while index < count {
+            let mut pages = run_end(&self.ring, batch, index, count) - index;
+            while pages > 0 {
+                let addr = self.ring.addr(batch, index);
+                let (done, why) = match self.sight.copy(&self.ring, batch, index, addr, pages) {
+                    (0, Some(PageResult::Busy)) if pages > 1 => {
+                        self.sight.copy(&self.ring, batch, index, addr, 1)
+                    }
+                    other => other,
+                };
+                for copied in index..index + done {
+                    self.ring.set_result(batch, copied, PageResult::Copied);
+                }
+                (index, pages) = (index + done, pages - done);
+                if let Some(why) = why {
+                    self.ring.set_result(batch, index, why);
+                    (index, pages) = (index + 1, pages - 1);
+                }
+            }
         }
     }
 

@@ -9,6 +9,8 @@ use std::time::Duration;
 
 use fmalloc_proto::messages::Reply;
 
+use super::lent::Lent;
+
 /// How long a thread waits for its answer before it wakes the agent once more: SIGURG is lost if the application
 /// changes how it is handled between sending and receiving.
 const WAKE_AGAIN: Duration = Duration::from_millis(250);
@@ -20,6 +22,8 @@ pub(crate) struct Job {
     pub(crate) id: u32,
     /// The encoded request.
     pub(crate) frame: Vec<u8>,
+    /// The file that goes with it.
+    pub(crate) file: Option<Lent>,
     /// Who waits for the reply.
     pub(crate) waiter: Waiter,
 }
@@ -130,6 +134,11 @@ impl Slot {
         (Self(Arc::clone(&shared)), Waiter(shared))
     }
 
+    /// Whether the agent has answered or given up.
+    pub(crate) fn is_done(&self) -> bool {
+        self.0.done.load(Ordering::Acquire)
+    }
+
     /// Waits until the agent has answered or given up; none is the latter. `wake` wakes the agent and says whether
     /// there still is one.
     pub(crate) fn wait(self, mut wake: impl FnMut() -> bool) -> Option<Reply> {
@@ -166,7 +175,7 @@ mod tests {
 
     fn job(id: u32) -> (Slot, Job) {
         let (slot, waiter) = Slot::new();
-        (slot, Job { id, frame: vec![1], waiter })
+        (slot, Job { id, frame: vec![1], file: None, waiter })
     }
 
     #[test]

@@ -8,6 +8,7 @@
 mod aide;
 pub(crate) mod control;
 pub(crate) mod evict;
+pub(crate) mod lent;
 pub(crate) mod mailbox;
 #[cfg(test)]
 mod move_tests;

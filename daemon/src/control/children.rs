@@ -239,6 +239,7 @@ async fn deliver(daemon: &Rc<Daemon>, cradle: &Cradle, birth: Birth) -> anyhow::
         agent_doorbell,
         daemon_doorbell,
         swap: Arc::clone(&daemon.swap),
+        writers: Arc::clone(&daemon.writers),
         features: daemon.config().features,
     };
     // Making mappings may take its time: not on this thread.

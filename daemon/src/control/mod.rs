@@ -42,6 +42,7 @@ use tracing::{error, info, warn};
 
 use crate::config::{Config, Limits, Mode, Service, make_directory_of};
 use crate::fault::Birth;
+use crate::fault::backing::Writers;
 use crate::fault::reactor::Interposer;
 use crate::service::reload::{Reloaded, Reloader};
 use crate::service::{self, Inherited, memory};
@@ -72,6 +73,7 @@ struct Daemon {
     policy: RefCell<Policy>,
     reloader: Reloader,
     swap: Arc<Swap>,
+    writers: Arc<Writers>,
     pool: Rc<Pool>,
     clients: Clients,
     families: Families,
@@ -226,6 +228,15 @@ fn raise_fd_limit(limits: &mut Limits) {
     }
 }
 
+/// Files that clients may have mapped at once: each takes two descriptors of those that nothing else needs.
+fn file_limit(limits: &Limits) -> usize {
+    let fds =
+        getrlimit(Resource::RLIMIT_NOFILE).map_or(0, |(soft, _)| usize::try_from(soft).unwrap_or(usize::MAX));
+    let tools = limits.connections.saturating_sub(limits.clients);
+    let others = limits.clients.saturating_mul(FDS_PER_CLIENT).saturating_add(FDS_BESIDE + tools);
+    (fds.saturating_sub(others) / 2).max(FDS_BESIDE / 4)
+}
+
 fn policy(config: &Config) -> Policy {
     let (uids, gids) = match &config.mode {
         Mode::Service(service) => (&service.allow_uids[..], &service.allow_gids[..]),
@@ -240,6 +251,7 @@ impl Daemon {
             policy: RefCell::new(policy(&config)),
             reloader,
             swap,
+            writers: Arc::new(Writers::new(file_limit(&config.limits))),
             pool: Pool::new(config.pool),
             clients: Clients::default(),
             families: Families::default(),

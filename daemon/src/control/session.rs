@@ -11,7 +11,8 @@ use std::time::{Duration, Instant};
 
 use fmalloc_proto::limits::MIN_BUDGET;
 use fmalloc_proto::messages::{
-    Attach, Attached, Budget, Empty, ErrorCode, Failure, Open, Opened, Register, Registered, Reply, Request,
+    Attach, Attached, Budget, Empty, ErrorCode, Failure, Flush, FlushUntil, Open, Opened, Register,
+    RegisterFile, RegisterLike, Registered, Reply, Request,
 };
 use fmalloc_proto::ring::Layout;
 use fmalloc_proto::size::Size;
@@ -29,6 +30,8 @@ use super::connection::{Connection, Incoming, RecvError, failure, watch};
 use super::family::Family;
 use super::handover::{self, Handover};
 use super::{Daemon, HANDSHAKE, MAX_OUTSTANDING, cgroup};
+use crate::fault::backing::{Backing, file_failure};
+use crate::fault::handle::Answer;
 use crate::fault::{self, Command, Setup, thread::ring_layout};
 use crate::pager::Sizes;
 
@@ -289,6 +292,7 @@ async fn attach(
         agent_doorbell: handover.agent_doorbell,
         daemon_doorbell: handover.daemon_doorbell,
         swap: Arc::clone(&daemon.swap),
+        writers: Arc::clone(&daemon.writers),
         features: daemon.config().features,
     };
     // The handshake with the kernel may take its time: not on this thread.
@@ -330,8 +334,8 @@ pub(crate) async fn requests(
             }
             incoming = next(connection, &outstanding) => incoming,
         };
-        let (id, request, permit) = match incoming {
-            Ok((incoming, permit)) => (incoming.id, incoming.request, permit),
+        let (id, request, fds, permit) = match incoming {
+            Ok((incoming, permit)) => (incoming.id, incoming.request, incoming.fds, permit),
             Err(error) => {
                 daemon.reject(connection, &client.peer(), error).await;
                 return End::Disconnected;
@@ -340,7 +344,7 @@ pub(crate) async fn requests(
         if matches!(request, Request::Goodbye(_)) && !client.holds_memory() {
             return End::Goodbye(id);
         }
-        match dispatch(daemon, client, request) {
+        match dispatch(daemon, client, request, fds) {
             Ok(pending) => answer_later(connection, id, pending, permit),
             Err(text) => {
                 daemon.reject(connection, &client.peer(), RecvError::violation(id, text)).await;
@@ -381,12 +385,49 @@ pub(crate) fn now(reply: Reply) -> Pending {
 }
 
 /// Starts on a request; an error is a breach of the protocol.
-fn dispatch(daemon: &Rc<Daemon>, client: &Rc<Client>, request: Request) -> Result<Pending, &'static str> {
+fn dispatch(
+    daemon: &Rc<Daemon>,
+    client: &Rc<Client>,
+    request: Request,
+    fds: Vec<OwnedFd>,
+) -> Result<Pending, &'static str> {
     if let Err(error) = validate::request(&request) {
         return Ok(now(Reply::Error(failure(ErrorCode::Invalid, error))));
     }
     Ok(match request {
-        Request::Register(register) => start_register(daemon, client, register),
+        Request::Register(Register { addr, len, commit, label }) => {
+            start_register(daemon, client, |answer| Command::Register { addr, len, commit, label, answer })
+        }
+        Request::RegisterFile(RegisterFile { region, offset, mode }) => {
+            let [plain, direct] = <[OwnedFd; 2]>::try_from(fds).map_err(|_| "two descriptors make a file")?;
+            let accepted =
+                daemon.writers.seat().and_then(|seat| Backing::accept(seat, plain, direct, offset, mode));
+            match accepted {
+                Ok(file) => {
+                    let file = Box::new(file);
+                    start_register(daemon, client, |answer| Command::RegisterFile {
+                        region,
+                        mode,
+                        file,
+                        answer,
+                    })
+                }
+                Err(failure) => now(Reply::Error(failure)),
+            }
+        }
+        Request::RegisterLike(RegisterLike { region, of }) => {
+            start_register(daemon, client, |answer| Command::RegisterLike { region, of, answer })
+        }
+        Request::Flush(flush) => start_flush(client, flush),
+        Request::MakeWritable(which) => {
+            let region = which.region;
+            done(client.ask(|answer| Command::MakeWritable { region, answer }))
+        }
+        Request::Changed(range) => {
+            let awaited = client.ask(|answer| Command::Changed { range, answer });
+            Box::pin(async move { answer(awaited).await.map_or_else(Reply::Error, Reply::Changed) })
+        }
+        Request::Prefetch(range) => done(client.ask(|answer| Command::Prefetch { range, answer })),
         Request::Commit(range) => done(client.ask(|answer| Command::Commit { range, answer })),
         Request::Decommit(range) => done(client.ask(|answer| Command::Decommit { range, answer })),
         Request::Unregister(which) => start_unregister(client, which.region),
@@ -429,15 +470,18 @@ fn dispatch(daemon: &Rc<Daemon>, client: &Rc<Client>, request: Request) -> Resul
     })
 }
 
-fn start_register(daemon: &Daemon, client: &Rc<Client>, register: Register) -> Pending {
+fn start_register(
+    daemon: &Daemon,
+    client: &Rc<Client>,
+    command: impl FnOnce(Answer<u32>) -> Command,
+) -> Pending {
     let most = daemon.config().limits.regions;
     if client.regions.get() >= most {
         let text = format!("{most} regions are the most that a client may have (max_regions)");
         return now(Reply::Error(failure(ErrorCode::Limit, text)));
     }
     client.regions.update(|regions| regions + 1);
-    let Register { addr, len, commit, label } = register;
-    let awaited = client.ask(|answer| Command::Register { addr, len, commit, label, answer });
+    let awaited = client.ask(command);
     let client = Rc::clone(client);
     Box::pin(async move {
         match answer(awaited).await {
@@ -446,6 +490,28 @@ fn start_register(daemon: &Daemon, client: &Rc<Client>, register: Register) -> P
                 client.regions.update(|regions| regions - 1);
                 Reply::Error(failure)
             }
+        }
+    })
+}
+
+fn start_flush(client: &Client, flush: Flush) -> Pending {
+    let awaited = client.ask(|answer| Command::Flush { range: flush.range, answer });
+    if flush.until == FlushUntil::Begun {
+        return now(Reply::Done(Empty {}));
+    }
+    Box::pin(async move {
+        let file = match answer(awaited).await {
+            Ok(file) => file,
+            Err(failure) => return Reply::Error(failure),
+        };
+        if flush.until == FlushUntil::Written {
+            return Reply::Done(Empty {});
+        }
+        // May take as long as the disk likes: not on this thread.
+        let synced = tokio::task::spawn_blocking(move || file.sync()).await;
+        match synced.map_err(std::io::Error::from).flatten() {
+            Ok(()) => Reply::Done(Empty {}),
+            Err(error) => Reply::Error(file_failure(error.raw_os_error().unwrap_or(libc::EIO))),
         }
     })
 }

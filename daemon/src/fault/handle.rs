@@ -7,12 +7,15 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::JoinHandle;
 
 use fmalloc_proto::groups::Token;
-use fmalloc_proto::messages::{Advice, Failure, RegionRange, RegionRow, Staging};
+use fmalloc_proto::messages::{
+    Advice, Changed, Failure, FileMode, RegionRange, RegionRow, Register, Staging,
+};
 use fmalloc_proto::ring::Layout;
 use nix::sys::eventfd::EventFd;
 use tokio::sync::mpsc::UnboundedSender;
 use tokio::sync::oneshot;
 
+use super::backing::{Backing, Writers};
 use super::forks::Birth;
 use super::group::Group;
 use super::stats::SharedStats;
@@ -36,6 +39,54 @@ pub enum Command {
         label: String,
         /// Region number.
         answer: Answer<u32>,
+    },
+    /// [`Command::Register`] for memory over a file.
+    RegisterFile {
+        /// As there.
+        region: Register,
+        /// What becomes of changes.
+        mode: FileMode,
+        /// The file.
+        file: Box<Backing>,
+        /// Region number.
+        answer: Answer<u32>,
+    },
+    /// [`Command::Register`] for more memory over the file of a region.
+    RegisterLike {
+        /// As there.
+        region: Register,
+        /// The region whose file it is.
+        of: u32,
+        /// Region number.
+        answer: Answer<u32>,
+    },
+    /// Has what was changed written to the file. Answers when that is done, with the file, to be synced.
+    Flush {
+        /// The part.
+        range: RegionRange,
+        /// Done.
+        answer: Answer<Arc<Backing>>,
+    },
+    /// Lets a region that only read its file change it.
+    MakeWritable {
+        /// The region.
+        region: u32,
+        /// Done.
+        answer: Answer<()>,
+    },
+    /// Which pages of a private region differ from the file.
+    Changed {
+        /// The part.
+        range: RegionRange,
+        /// Runs.
+        answer: Answer<Changed>,
+    },
+    /// Reads a part in.
+    Prefetch {
+        /// The part.
+        range: RegionRange,
+        /// Sent when it is there, as far as frames allow.
+        answer: Answer<()>,
     },
     /// Claims swap for a part.
     Commit {
@@ -148,6 +199,8 @@ pub struct Setup {
     pub daemon_doorbell: EventFd,
     /// The swap file.
     pub swap: Arc<Swap>,
+    /// Who writes to which files.
+    pub writers: Arc<Writers>,
     /// Which optional features of the system may be used.
     pub features: Features,
 }
@@ -171,6 +224,8 @@ pub struct ChildSetup {
     pub daemon_doorbell: EventFd,
     /// The swap file.
     pub swap: Arc<Swap>,
+    /// Who may write to which file.
+    pub writers: Arc<Writers>,
     /// Which optional features of the system may be used.
     pub features: Features,
 }

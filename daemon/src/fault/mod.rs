@@ -1,5 +1,7 @@
 //! The fault threads: one per client process, each with its own reactor, so that no client can delay another.
 
+pub mod backing;
+mod files;
 pub mod forks;
 pub mod group;
 pub mod handle;

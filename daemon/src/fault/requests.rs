@@ -119,7 +119,9 @@ impl AgentRing {
             }
             self.asked[batch as usize] = None;
             match asked.kind {
-                BatchKind::Evict => self.collect_evicted(batch, asked.count, pager, memory, key, remaps),
+                BatchKind::Evict | BatchKind::Copy => {
+                    self.collect_pages(batch, asked, pager, memory, key, remaps);
+                }
                 BatchKind::Probe | BatchKind::Protect => {
                     for index in 0..asked.count {
                         let page = pager.batch_pages(batch)[index as usize];
@@ -138,30 +140,41 @@ impl AgentRing {
         }
     }
 
-    fn collect_evicted<S: Store>(
+    /// Takes pages that the agent has moved or copied out.
+    fn collect_pages<S: Store>(
         &mut self,
         batch: u32,
-        count: u32,
+        asked: Asked,
         pager: &mut Pager<S>,
         memory: &Memory,
         key: &PageKey,
         remaps: Option<&Remaps>,
     ) {
         let mut spare = None;
-        for index in 0..count {
+        let copies = asked.kind == BatchKind::Copy;
+        let came = if copies { PageResult::Copied } else { PageResult::Moved };
+        for index in 0..asked.count {
             let page: PageId = pager.batch_pages(batch)[index as usize];
             let result =
                 PageResult::from_number(self.ring.result(batch, index)).unwrap_or(PageResult::Failed);
-            if result != PageResult::Moved {
-                pager.not_evicted(page, result);
+            if result != came {
+                if copies {
+                    pager.not_copied(page, result)
+                } else {
+                    pager.not_evicted(page, result)
+                }
                 continue;
             }
             let place = pager.regions().place(page).map(|(addr, _)| addr);
-            if remaps.zip(place).is_some_and(|(remaps, addr)| remaps.is_strange(addr)) {
+            if !copies && remaps.zip(place).is_some_and(|(remaps, addr)| remaps.is_strange(addr)) {
                 pager.not_evicted(page, PageResult::Absent);
                 continue;
             }
             let Some(buffer) = spare.take().or_else(|| pager.take_write_buffer()) else {
+                if copies {
+                    pager.not_copied(page, PageResult::Busy);
+                    continue;
+                }
                 // Not to happen: the pager asks for no more pages than it has buffers. The bytes are in the ring alone.
                 tracing::error!("no buffer for an evicted page: its content is lost");
                 pager.not_evicted(page, PageResult::Absent);
@@ -177,14 +190,20 @@ impl AgentRing {
                 );
             }
             let bytes = memory.page(buffer);
-            let fill = fill(bytes);
+            // Zeros in a file are as good a content as any.
+            let fill = if pager.has_file(page) { None } else { fill(bytes) };
             let content = Content { fill, hash: if fill.is_some() { 0 } else { key.hash(bytes) } };
-            let packed = if fill.is_none() && pager.wants_packed(page, content.hash) {
-                self.packer.pack(bytes)
+            let kept = if copies {
+                pager.copied(page, content, buffer)
             } else {
-                None
+                let packed = if fill.is_none() && pager.wants_packed(page, content.hash) {
+                    self.packer.pack(bytes)
+                } else {
+                    None
+                };
+                pager.evicted(page, content, packed, buffer)
             };
-            if !pager.evicted(page, content, packed, buffer) {
+            if !kept {
                 spare = Some(buffer);
             }
         }

@@ -50,6 +50,8 @@ mirror!(
     faults_read,
     faults_rescued,
     faults_stalled,
+    file_pages_in,
+    file_pages_out,
     pages_in,
     pages_readahead,
     pages_out,
@@ -80,6 +82,8 @@ pub enum Condition {
     WriteErrors = 4,
     /// Page tables fill the budget.
     Tables = 5,
+    /// A mapped file cannot be written.
+    FileErrors = 6,
 }
 
 impl Condition {
@@ -93,6 +97,7 @@ impl Condition {
             Self::Unevictable => "pinned, locked or protected pages fill the budget",
             Self::WriteErrors => "swap cannot be written",
             Self::Tables => "page tables fill the budget, give it more",
+            Self::FileErrors => "a mapped file cannot be written",
         }
     }
 }
@@ -113,16 +118,11 @@ impl SharedStats {
     #[must_use]
     pub fn condition(&self) -> Condition {
         let number = self.condition.load(Ordering::Relaxed);
-        [
-            Condition::AgentSilent,
-            Condition::AgentGone,
-            Condition::Unevictable,
-            Condition::WriteErrors,
-            Condition::Tables,
-        ]
-        .into_iter()
-        .find(|condition| *condition as u32 == number)
-        .unwrap_or(Condition::Fine)
+        use Condition::{AgentGone, AgentSilent, FileErrors, Tables, Unevictable, WriteErrors};
+        [AgentSilent, AgentGone, Unevictable, WriteErrors, Tables, FileErrors]
+            .into_iter()
+            .find(|condition| *condition as u32 == number)
+            .unwrap_or(Condition::Fine)
     }
 
     /// Publishes what hinders the client (fault thread only).

@@ -12,12 +12,13 @@ use std::time::{Duration, Instant};
 use fmalloc_proto::PAGE;
 use fmalloc_proto::groups::Token;
 use fmalloc_proto::limits::{MAX_ROWS, MIN_BUDGET};
-use fmalloc_proto::messages::{ErrorCode, Failure, RegionRange};
+use fmalloc_proto::messages::{ErrorCode, Failure, RegionRange, Register};
 use fmalloc_proto::ring::Layout;
 use fmalloc_proto::size::Size;
 use nix::errno::Errno;
 use nix::sys::eventfd::EventFd;
 
+use super::files::{Files, NewFile};
 use super::forks::{self, Announced, Birth, Forks};
 use super::group::{Group, LEAST_FRAMES, Membership, Needs};
 use super::handle::{Answer, ChildSetup, Command, Features, Handle, Setup};
@@ -96,6 +97,7 @@ pub fn spawn(setup: Setup) -> anyhow::Result<Handle> {
         memory,
         swap: setup.swap,
         remaps: setup.staging.map(Remaps::new),
+        files: Files::new(setup.writers),
         group: setup.group,
         forks: Forks::new(setup.births),
         credit: None,
@@ -125,6 +127,7 @@ pub fn spawn_child(setup: ChildSetup) -> anyhow::Result<Handle> {
         memory,
         swap: setup.swap,
         remaps: None,
+        files: Files::new(setup.writers),
         group: setup.group,
         forks: Forks::new(setup.births),
         credit: Some(Instant::now()),
@@ -144,6 +147,7 @@ struct Parts {
     memory: Memory,
     swap: Arc<Swap>,
     remaps: Option<Remaps>,
+    files: Files,
     group: Arc<Group>,
     forks: Forks,
     credit: Option<Instant>,
@@ -211,6 +215,7 @@ impl Parts {
             reactor,
             memory: self.memory,
             swap: self.swap,
+            files: self.files,
             commands,
             wake,
             stats,
@@ -253,16 +258,14 @@ struct Rows {
 /// A range to be paged as soon as all older events have been read: one of them may tell of an unmapping at the same
 /// address, without which the range would seem to overlap another.
 struct Registering {
-    addr: u64,
-    len: u64,
-    commit: bool,
-    label: String,
+    region: Register,
+    file: Option<NewFile>,
     answer: Answer<u32>,
 }
 
-struct FaultThread {
-    client: u64,
-    pid: u32,
+pub(super) struct FaultThread {
+    pub(super) client: u64,
+    pub(super) pid: u32,
     agent_tid: u32,
     /// Forked children have the regions too.
     inherits: bool,
@@ -272,12 +275,13 @@ struct FaultThread {
     credit: Option<Instant>,
     /// The group may have something to say.
     due: bool,
-    pager: Pager<ClientSlots>,
+    pub(super) pager: Pager<ClientSlots>,
     uffd: ClientUffd,
     agent: AgentRing,
-    reactor: Box<dyn Reactor>,
-    memory: Memory,
-    swap: Arc<Swap>,
+    pub(super) reactor: Box<dyn Reactor>,
+    pub(super) memory: Memory,
+    pub(super) swap: Arc<Swap>,
+    pub(super) files: Files,
     commands: Receiver<Command>,
     wake: Arc<EventFd>,
     stats: Arc<SharedStats>,
@@ -294,7 +298,7 @@ struct FaultThread {
     agent_gone: bool,
     stopping: bool,
     retry_after: Option<Duration>,
-    next_token: u64,
+    pub(super) next_token: u64,
     trouble: Trouble,
     sampler: Sampler,
     placement: Placement,
@@ -336,6 +340,7 @@ impl FaultThread {
                 self.complete(completion);
             }
             self.done = done;
+            self.end_file_writes();
             self.handle(ready);
         }
         Ok(())
@@ -445,7 +450,9 @@ impl FaultThread {
         let credit = self.credit.map(|since| CREDIT.saturating_sub(since.elapsed()) + RETRY);
         let credit = credit.filter(|_| self.agent_tid != 0);
         let look = watchful.then_some(LOOK_AROUND);
-        [clock, self.retry_after, events, look, credit].into_iter().flatten().min()
+        // Writes that needed no waiting: the pager is to hear of them.
+        let ended = self.files.has_ended().then_some(Duration::ZERO);
+        [clock, self.retry_after, events, look, credit, ended].into_iter().flatten().min()
     }
 
     /// Reads what the kernel has to tell. Faults always; events only while no page is on its way out, since what an event
@@ -645,7 +652,16 @@ impl FaultThread {
                     self.uffd.wake(addr, 1);
                 }
                 Action::Poison { page, addr } => {
-                    self.trouble.lost(self.client, self.pid, addr);
+                    if self.pager.has_file(page) {
+                        let why = "its file ends before it or could not be read";
+                        tracing::error!(
+                            client = self.client,
+                            pid = self.pid,
+                            "page at {addr:#x} is lost: {why}"
+                        );
+                    } else {
+                        self.trouble.lost(self.client, self.pid, addr);
+                    }
                     if self.uffd.poison {
                         let stop = self.uffd.poison_page(addr);
                         self.note(stop);
@@ -659,6 +675,8 @@ impl FaultThread {
                 }
                 Action::Read(transfer) => self.transfer(transfer, true),
                 Action::Write(transfer) => self.transfer(transfer, false),
+                Action::ReadFile(transfer) => self.read_file(transfer),
+                Action::WriteFile(transfer) => self.write_file(transfer),
                 Action::Ask { batch, kind } => {
                     let pages = self.pager.batch_pages(batch);
                     let place = |page| self.pager.regions().place(page).map_or(0, |(addr, _)| addr);
@@ -686,6 +704,7 @@ impl FaultThread {
     fn transfer(&mut self, transfer: Transfer, is_read: bool) {
         let io = Io {
             token: u64::from(transfer.op) << 1 | u64::from(is_read),
+            file: None,
             is_read,
             offset: u64::from(transfer.slot) * PAGE,
             memory: self.memory.buffer(transfer.buffer),
@@ -702,6 +721,9 @@ impl FaultThread {
     fn complete(&mut self, completion: Completion) {
         let (op, is_read) =
             (u32::try_from(completion.token >> 1).unwrap_or(u32::MAX), completion.token & 1 == 1);
+        if self.files.has_op(op) {
+            return self.complete_file(op, completion);
+        }
         let good = completion.result.is_ok();
         if let Err(failure) = completion.result {
             self.trouble.report(self.client, self.pid, if is_read { "read" } else { "write" }, failure);
@@ -755,6 +777,8 @@ impl FaultThread {
             Condition::WriteErrors
         } else if self.pager.is_starved() && self.pager.is_filled_by_tables() {
             Condition::Tables
+        } else if self.pager.has_file_errors() {
+            Condition::FileErrors
         } else if self.pager.is_starved() && stats.unevictable_pages > 0 {
             Condition::Unevictable
         } else {
@@ -766,9 +790,27 @@ impl FaultThread {
     fn command(&mut self, command: Command) {
         match command {
             Command::Register { addr, len, commit, label, answer } => {
-                self.rows.registering.push_back(Registering { addr, len, commit, label, answer });
-                self.unread = true;
+                self.start_register(Register { addr, len, commit, label }, None, answer);
             }
+            Command::RegisterFile { region, mode, file, answer } => {
+                match self.files.admit(*file, mode, region.len) {
+                    Ok(file) => self.start_register(region, Some(file), answer),
+                    Err(failure) => drop(answer.send(Err(failure))),
+                }
+            }
+            Command::RegisterLike { region, of, answer } => {
+                match self.open(of).and_then(|of| self.files.admit_like(of, region.len)) {
+                    Ok(file) => self.start_register(region, Some(file), answer),
+                    Err(failure) => drop(answer.send(Err(failure))),
+                }
+            }
+            Command::Flush { range, answer } => self.flush(&range, answer),
+            Command::MakeWritable { region, answer } => {
+                let result = self.open(region).and_then(|region| self.make_writable(region));
+                drop(answer.send(result));
+            }
+            Command::Changed { range, answer } => self.find_changed(&range, answer),
+            Command::Prefetch { range, answer } => self.prefetch(&range, answer),
             Command::Commit { range, answer } => drop(answer.send(self.commit(&range))),
             Command::Decommit { range, answer } => {
                 let result = self.part(&range).map(|(region, pages)| {
@@ -848,15 +890,25 @@ impl FaultThread {
         Ok(())
     }
 
+    fn start_register(&mut self, region: Register, file: Option<NewFile>, answer: Answer<u32>) {
+        self.rows.registering.push_back(Registering { region, file, answer });
+        self.unread = true;
+    }
+
     /// Registers what waits for that. No older event can be about its addresses any more.
     fn finish_registering(&mut self) {
-        for Registering { addr, len, commit, label, answer } in std::mem::take(&mut self.rows.registering) {
-            let result = self.register(addr, len, commit, label);
+        for Registering { region, file, answer } in std::mem::take(&mut self.rows.registering) {
+            let result = self.register(region);
+            if let (Ok(number), Some(file)) = (&result, file) {
+                self.pager.set_file(*number, file.mode);
+                self.files.insert(*number, file);
+            }
             drop(answer.send(result.map(u32::from)));
         }
     }
 
-    fn register(&mut self, addr: u64, len: u64, commit: bool, label: String) -> Result<u16, Failure> {
+    fn register(&mut self, region: Register) -> Result<u16, Failure> {
+        let Register { addr, len, commit, label } = region;
         let overlap = || Failure {
             code: ErrorCode::Invalid,
             text: "the range overlaps a region that is registered already".to_owned(),
@@ -900,7 +952,7 @@ impl FaultThread {
     }
 
     /// The region with this number, if it is there.
-    fn open(&self, region: u32) -> Result<u16, Failure> {
+    pub(super) fn open(&self, region: u32) -> Result<u16, Failure> {
         let number = u16::try_from(region).ok();
         number.filter(|number| self.pager.open_region(*number).is_some()).ok_or_else(|| Failure {
             code: ErrorCode::NotFound,
@@ -909,7 +961,7 @@ impl FaultThread {
     }
 
     /// The pages of a part of a region, if the region has them.
-    fn part(&self, range: &RegionRange) -> Result<(u16, std::ops::Range<u64>), Failure> {
+    pub(super) fn part(&self, range: &RegionRange) -> Result<(u16, std::ops::Range<u64>), Failure> {
         let region = self.open(range.region)?;
         let pages = range.offset / PAGE..(range.offset + range.len) / PAGE;
         let inside = self.pager.open_region(region).is_some_and(|region| pages.end <= region.pages);
@@ -928,6 +980,7 @@ impl FaultThread {
                     self.uffd.unregister(segment.addr, segment.pages * PAGE);
                 }
                 self.swap.unclaim(claimed);
+                self.files.remove(region);
                 drop(answer.send(Ok(())));
             } else {
                 self.rows.closing.push((region, answer));
@@ -943,6 +996,7 @@ impl FaultThread {
         if !self.forks.is_pending() {
             self.rows.forks.drain(..).for_each(|(children, answer)| drop(answer.send(Ok(children))));
         }
+        self.answer_files();
         for (token, pages) in self.pager.drained() {
             if let Some(place) = self.rows.drains.iter().position(|(other, _)| *other == token) {
                 let (_, answer) = self.rows.drains.swap_remove(place);
@@ -959,9 +1013,10 @@ impl FaultThread {
         }
         self.rows.registering.clear();
         self.start_transfers();
-        while self.pager.has_io() {
+        while self.pager.has_io() || self.pager.has_file_writes() {
             let mut done = Vec::new();
-            if self.reactor.wait(Some(LOOK_AROUND), false, &mut done).is_err() {
+            let patience = if self.files.has_ended() { Duration::ZERO } else { LOOK_AROUND };
+            if self.reactor.wait(Some(patience), false, &mut done).is_err() {
                 // Transfers that nobody can wait for may still write to the buffers: keep those for ever.
                 tracing::error!(client = self.client, "swap I/O cannot be waited for; its slots stay taken");
                 let memory = Memory::new(1).map(|spare| std::mem::replace(&mut self.memory, spare));
@@ -969,6 +1024,7 @@ impl FaultThread {
                 break;
             }
             done.into_iter().for_each(|completion| self.complete(completion));
+            self.end_file_writes();
             self.start_transfers();
         }
         for number in numbers {
@@ -985,6 +1041,8 @@ impl FaultThread {
             match action {
                 Action::Read(transfer) => self.transfer(transfer, true),
                 Action::Write(transfer) => self.transfer(transfer, false),
+                Action::ReadFile(transfer) => self.read_file(transfer),
+                Action::WriteFile(transfer) => self.write_file(transfer),
                 Action::Map { page, pages, .. } => self.pager.mapped(page, pages, 0, Some(Stop::Gone)),
                 _ => {}
             }

@@ -27,6 +27,7 @@ impl<S: Store> Pager<S> {
             return Some(action);
         }
         self.write_dirty();
+        self.write_files();
         self.continue_willneed();
         self.plan();
         self.ready_action()

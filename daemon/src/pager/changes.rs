@@ -5,7 +5,7 @@ use std::ops::Range;
 use fmalloc_proto::PAGE;
 use fmalloc_proto::messages::{Advice, RegionRow};
 
-use super::page::{FRESH, HAS_SLOT, PACKED_COPY, PageId, RETRIED, STUCK, State, UNPACK, WANTED};
+use super::page::{FRESH, HAS_SLOT, IN_FILE, PACKED_COPY, PageId, RETRIED, STUCK, State, UNPACK, WANTED};
 use super::regions::{Region, Segment};
 use super::table::{CHUNK_PAGES, Table};
 use super::{Action, MAX_HINTS, Pager, Store};
@@ -121,6 +121,7 @@ impl<S: Store> Pager<S> {
         region.closing = true;
         let pages = region.pages;
         self.forget(number, 0..pages, true);
+        self.close_file(number);
         self.streams.forget(number);
         self.willneed.retain(|(region, _)| *region != number);
         // The number will be used again.
@@ -149,7 +150,8 @@ impl<S: Store> Pager<S> {
     /// Whether nothing touches a closed region any more.
     #[must_use]
     pub fn is_closed(&self, number: u16) -> bool {
-        self.regions.get(number).is_none_or(|region| region.closing && region.at_agent == 0)
+        let unused = |region: &Region| region.closing && region.at_agent == 0;
+        self.regions.get(number).is_none_or(unused) && !self.files.has_pending(number)
     }
 
     /// Forgets a closed region. Gives where it was mapped and how many pages are to be unclaimed.
@@ -303,7 +305,7 @@ impl<S: Store> Pager<S> {
                 self.suspect(page);
             }
             // Moved before the discard, or not at all: see the module's rules.
-            State::Evicting if !gone => {
+            State::Evicting | State::Copying if !gone => {
                 self.discarded_out += 1;
                 let word = self.drop_slot(word);
                 self.set(page, word.with(FRESH));
@@ -311,6 +313,7 @@ impl<S: Store> Pager<S> {
             State::Hot
             | State::Probing
             | State::Evicting
+            | State::Copying
             | State::Cold
             | State::Poisoned
             | State::Held
@@ -319,7 +322,7 @@ impl<S: Store> Pager<S> {
                 if word.state() == State::Held {
                     self.give_buffer(word.buffer());
                 }
-                let word = self.drop_slot(word).without(FRESH | STUCK | RETRIED);
+                let word = self.drop_slot(word).without(FRESH | STUCK | RETRIED | IN_FILE);
                 // A cold page that somebody waits for stays in the queue, as zeros.
                 self.set(page, word.with_state(State::Zero));
             }
@@ -332,7 +335,10 @@ impl<S: Store> Pager<S> {
             State::Mapping => {
                 let word = self.drop_source(word);
                 let word = self.drop_slot(word).without(STUCK);
-                if word.has(WANTED) {
+                if self.has_file(page) {
+                    let fresh = if word.has(WANTED) { FRESH } else { 0 };
+                    self.settle_in_file(page, word.without(FRESH).with(fresh));
+                } else if word.has(WANTED) {
                     // Stays in the queue, as zeros. It may be there already, and be emptied later.
                     self.set(page, word.with(FRESH));
                 } else {

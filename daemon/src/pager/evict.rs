@@ -8,7 +8,8 @@ use std::ops::Range;
 use fmalloc_proto::ring::{BatchKind, PageResult};
 
 use super::page::{
-    Buffer, FRESH, FROM_BUFFER, HAS_SLOT, PACKED_COPY, PENDING_SLOT, PageId, QUEUED, STUCK, State, WANTED,
+    Buffer, FRESH, FROM_BUFFER, HAS_SLOT, IN_FILE, PACKED_COPY, PENDING_SLOT, PageId, QUEUED, STUCK, State,
+    WANTED,
 };
 use super::table::CHUNK_PAGES;
 use super::{
@@ -34,7 +35,7 @@ impl<S: Store> Pager<S> {
         if self.wants_stuck() && self.now >= self.stuck_retry_at {
             self.retry_stuck();
         }
-        while self.plan_protect() || self.plan_probe() || self.plan_eviction() {}
+        while self.plan_protect() || self.plan_probe() || self.plan_copy() || self.plan_eviction() {}
         self.plan_warm();
     }
 
@@ -178,7 +179,7 @@ impl<S: Store> Pager<S> {
         word.state() == State::Hot && word.has(FRESH) && word.buffer() == entry.stamp
     }
 
-    fn free_batch(&self) -> Option<usize> {
+    pub(super) fn free_batch(&self) -> Option<usize> {
         self.batches.iter().position(|batch| batch.kind.is_none())
     }
 
@@ -188,7 +189,7 @@ impl<S: Store> Pager<S> {
         if probing > 0 && probing >= self.batches.len() / 2 { None } else { self.free_batch() }
     }
 
-    fn ask(&mut self, batch: usize, kind: BatchKind, pages: Vec<PageId>) {
+    pub(super) fn ask(&mut self, batch: usize, kind: BatchKind, pages: Vec<PageId>) {
         for page in &pages {
             if let Some(region) = self.regions.get_mut(page.region()) {
                 region.at_agent += 1;
@@ -319,7 +320,13 @@ impl<S: Store> Pager<S> {
             self.set_warm_pages(pages);
         }
         let wanted = word.has(WANTED);
-        let word = word.without(PENDING_SLOT); // a write in flight gives its slot back itself
+        let mut word = word.without(PENDING_SLOT); // a write in flight gives its slot back itself
+        if let Some(file) = self.file_of(page.region()) {
+            if let Some(kept) = self.evicted_of_file(page, word, file.mode, content, packed, buffer) {
+                return kept;
+            }
+            word = word.without(IN_FILE);
+        }
         let discarded = word.has(FRESH);
         if content.fill == Some(0) || discarded {
             self.stats.pages_zero += u64::from(!discarded);
@@ -453,7 +460,7 @@ impl<S: Store> Pager<S> {
         self.end_drains();
     }
 
-    fn leave_agent(&mut self, page: PageId) {
+    pub(super) fn leave_agent(&mut self, page: PageId) {
         if let Some(region) = self.regions.get_mut(page.region()) {
             region.at_agent = region.at_agent.saturating_sub(1);
         }
@@ -462,7 +469,9 @@ impl<S: Store> Pager<S> {
     /// A page is zeros and present nowhere: maps it if somebody waits, else frees its frame.
     pub(super) fn settle_zero(&mut self, page: PageId, word: super::Word) {
         let word = word.without(FRESH | STUCK);
-        if word.has(WANTED) {
+        if self.has_file(page) {
+            self.settle_in_file(page, word);
+        } else if word.has(WANTED) {
             self.set(page, word.with_state(State::Mapping).without(FROM_BUFFER));
             self.map_queue.push_back(page);
         } else {
@@ -470,7 +479,7 @@ impl<S: Store> Pager<S> {
         }
     }
 
-    fn map_from(&mut self, page: PageId, word: super::Word, buffer: Buffer) {
+    pub(super) fn map_from(&mut self, page: PageId, word: super::Word, buffer: Buffer) {
         self.set(page, word.with_state(State::Mapping).with_buffer(buffer).with(FROM_BUFFER));
         self.map_queue.push_back(page);
     }

@@ -71,7 +71,8 @@ impl<S: Store> Pager<S> {
         let grown = region.table.bytes();
         self.table_bytes = self.table_bytes + grown - bytes;
         let Some(page) = self.regions.append(segment.region, addr) else { return };
-        if self.store.claim_page() {
+        // What is mapped behind the pages of a file is none of its pages.
+        if !self.has_file(page) && self.store.claim_page() {
             if let Some(region) = self.regions.get_mut(segment.region) {
                 region.committed.insert(page.index()..page.index() + 1);
                 self.stats.claimed_pages += 1;
@@ -98,6 +99,14 @@ impl<S: Store> Pager<S> {
         let word = self.word(page);
         match word.state() {
             State::Zero | State::Cold | State::Writing | State::Warm | State::Filled => self.bring(page),
+            State::Hot if self.has_file(page) => {
+                if self.regions.get(page.region()).is_some_and(|region| region.removed) {
+                    // It may have been emptied after we mapped it: then it is as the file has it.
+                    self.settle_in_file(page, word.with(WANTED));
+                } else {
+                    self.out.push_back(Action::Wake { addr, pages: 1 });
+                }
+            }
             State::Hot => {
                 let removed = self.regions.get(page.region()).is_some_and(|region| region.removed);
                 if removed {
@@ -112,7 +121,7 @@ impl<S: Store> Pager<S> {
                 self.stats.faults_rescued += u64::from(!word.has(WANTED));
                 self.set(page, word.with(WANTED | MAIN));
             }
-            State::Mapping | State::Probing => self.set(page, word.with(WANTED)),
+            State::Mapping | State::Probing | State::Copying => self.set(page, word.with(WANTED)),
             State::Fetching => {
                 self.stats.faults_rescued += u64::from(!word.has(WANTED));
                 self.set(page, word.with(WANTED));
@@ -162,7 +171,7 @@ impl<S: Store> Pager<S> {
     }
 
     /// Whether a frame is free for a page and its table entry can be written.
-    fn reserve(&mut self, page: PageId) -> bool {
+    pub(super) fn reserve(&mut self, page: PageId) -> bool {
         // The budget pays for a new piece of the table too.
         self.free_frames() > if self.is_described(page) { 0 } else { CHUNK_FRAMES } && self.prepare(page)
     }
@@ -187,6 +196,7 @@ impl<S: Store> Pager<S> {
         }
         let word = self.word(page);
         match word.state() {
+            State::Zero if self.has_file(page) => self.fetch_from_file(page),
             State::Zero => {
                 self.stats.faults_zero += 1;
                 self.fill(page);

@@ -7,11 +7,11 @@ use std::ops::Range;
 
 use fmalloc_proto::messages::Advice;
 
-use super::page::{Buffer, FROM_BUFFER, PageId, RETRIED, State, WANTED};
+use super::page::{Buffer, FROM_BUFFER, PageId, RETRIED, State, WANTED, Word};
 use super::{Action, MAX_HINTS, Pager, Store, Transfer};
 
 /// Most pages of one read ahead: more of them in flight are better than larger ones.
-const READ_MAX: u64 = 64;
+pub(super) const READ_MAX: u64 = 64;
 
 impl<S: Store> Pager<S> {
     /// Starts to read a cold page into a frame. False if no buffer is free. The caller has seen a free frame.
@@ -87,6 +87,9 @@ impl<S: Store> Pager<S> {
     /// pages were looked at; fewer than asked where frames, buffers or the region end.
     fn window(&mut self, first: PageId, want: u64, hold: bool) -> u64 {
         let Some((_, run)) = self.regions.place(first) else { return 0 };
+        if self.has_file(first) {
+            return self.window_file(first, want.min(run), hold);
+        }
         let end = first.index() + want.min(run);
         let mut index = first.index();
         let mut hold = hold;
@@ -121,7 +124,7 @@ impl<S: Store> Pager<S> {
 
     /// Reads as many of `want` pages as are cold and lie in neighbouring slots, from `first` on. The caller has seen
     /// that the frames are free. Gives how many.
-    fn fetch_run(&mut self, first: PageId, want: u64, flags: u64, hold_first: bool) -> u64 {
+    pub(super) fn fetch_run(&mut self, first: PageId, want: u64, flags: u64, hold_first: bool) -> u64 {
         let Some(slot) = self.word(first).slot() else { return 0 };
         let cold = |n: &u64| {
             let word = self.word(first.plus(*n));
@@ -166,20 +169,25 @@ impl<S: Store> Pager<S> {
             self.read_buffers.give(buffer);
         } else if good {
             self.stats.pages_in += 1;
-            if held && !word.has(WANTED) {
-                self.set(page, word.with_state(State::Held));
-                self.tripwires.push_back(page);
-                // Readers that never came must not keep the buffers.
-                if self.tripwires.len() > self.read_buffers.len() / 4 {
-                    self.release_tripwire();
-                }
-            } else {
-                self.set(page, word.with_state(State::Mapping).with(FROM_BUFFER));
-                self.map_queue.push_back(page);
-            }
+            self.arrived(page, word, held);
         } else {
             self.stats.io_errors += 1;
             self.read_failed(page, buffer);
+        }
+    }
+
+    /// A page has been read: maps it, or holds it back until somebody faults.
+    pub(super) fn arrived(&mut self, page: PageId, word: Word, held: bool) {
+        if held && !word.has(WANTED) {
+            self.set(page, word.with_state(State::Held));
+            self.tripwires.push_back(page);
+            // Readers that never came must not keep the buffers.
+            if self.tripwires.len() > self.read_buffers.len() / 4 {
+                self.release_tripwire();
+            }
+        } else {
+            self.set(page, word.with_state(State::Mapping).with(FROM_BUFFER));
+            self.map_queue.push_back(page);
         }
     }
 
@@ -214,7 +222,8 @@ impl<S: Store> Pager<S> {
         let word = self.word(page);
         if word.state() == State::Held {
             self.read_buffers.give(word.buffer());
-            self.set(page, word.with_state(State::Cold));
+            let from = if word.slot().is_some() { State::Cold } else { State::Zero };
+            self.set(page, word.with_state(from));
         }
         true
     }

@@ -12,6 +12,7 @@
 use super::page::{
     Buffer, FRESH, FROM_BUFFER, HAS_SLOT, MAIN, PACKED_COPY, PageId, QUEUED, State, UNPACK, Word,
 };
+use super::regions::Region;
 use super::table::{CHUNK_PAGES, Table};
 use super::warm::Place;
 use super::{Pager, Sizes, Store};
@@ -70,7 +71,10 @@ impl<S: Store> Pager<S> {
         }
         let mut forked =
             Forked { pager: child, carried: Vec::new(), out: Vec::new(), discarded_out: self.discarded_out };
-        for (number, region) in self.regions.iter().filter(|(_, region)| !region.closing) {
+        // Mappings of files are not inherited.
+        let inherited =
+            |(number, region): &(u16, &Region)| !region.closing && !self.has_file(PageId::new(*number, 0));
+        for (number, region) in self.regions.iter().filter(inherited) {
             let mut index = 0;
             while index < region.pages {
                 let page = PageId::new(number, index);

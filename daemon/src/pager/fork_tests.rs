@@ -130,6 +130,7 @@ impl Side {
                     self.pager.unpacked(page, true);
                 }
                 Action::Assist { .. } => panic!("the agent never faults here"),
+                Action::ReadFile(_) | Action::WriteFile(_) => panic!("no region has a file here"),
             }
         }
     }

@@ -24,6 +24,9 @@ mod changes;
 mod evict;
 mod faults;
 mod fetch;
+pub mod files;
+#[cfg(test)]
+mod files_tests;
 mod fork;
 #[cfg(test)]
 mod fork_tests;
@@ -56,6 +59,7 @@ use fmalloc_proto::ring::{BatchKind, Layout};
 use crate::arena::Arena;
 use buffers::Buffers;
 use changes::Change;
+use files::{FileTransfer, Files};
 use page::{
     Buffer, FROM_BUFFER, HAS_SLOT, MAIN, PACKED_COPY, PENDING_SLOT, PageId, QUEUED, STUCK, Slot, State,
     UNPACK, WANTED, Word,
@@ -167,8 +171,12 @@ pub enum Action {
     Read(Transfer),
     /// Write, and answer with [`Pager::write_ended`].
     Write(Transfer),
-    /// Ask the agent to work on [`Pager::batch_pages`]; answer with [`Pager::evicted`] or [`Pager::probed`] for each
-    /// page, then [`Pager::batch_ended`].
+    /// Read from a region's file, and answer with [`Pager::file_page_read`] for each page, then [`Pager::read_ended`].
+    ReadFile(FileTransfer),
+    /// Write to a region's file, and answer with [`Pager::file_write_ended`].
+    WriteFile(FileTransfer),
+    /// Ask the agent to work on [`Pager::batch_pages`]; answer with [`Pager::evicted`], [`Pager::copied`] or
+    /// [`Pager::probed`] for each page, then [`Pager::batch_ended`].
     Ask {
         /// The batch of the ring.
         batch: u32,
@@ -347,6 +355,7 @@ pub struct Pager<S> {
     single_maps: u64,
     out: VecDeque<Action>,
     now: u64,
+    files: Files,
     stats: ClientStats,
 }
 
@@ -417,6 +426,7 @@ impl<S: Store> Pager<S> {
             single_maps: 0,
             out: VecDeque::new(),
             now: 0,
+            files: Files::default(),
             stats: ClientStats::default(),
         }
     }
@@ -462,10 +472,11 @@ impl<S: Store> Pager<S> {
         self.is_starved() || self.used + self.low_water() > self.frames() + self.evicting
     }
 
-    /// Pages that the agent has been asked to move out and has not answered for.
+    /// Pages that the agent has been asked to move out, or to copy out, and has not answered for.
     #[must_use]
     pub fn evicting(&self) -> u64 {
-        let evictions = self.batches.iter().filter(|batch| batch.kind == Some(BatchKind::Evict));
+        let comes_back = |batch: &&Batch| matches!(batch.kind, Some(BatchKind::Evict | BatchKind::Copy));
+        let evictions = self.batches.iter().filter(comes_back);
         evictions.map(|batch| batch.pages.len() as u64).sum()
     }
 
@@ -532,7 +543,7 @@ impl<S: Store> Pager<S> {
         let grace = first.map(|d| d.since + DISCARD_GRACE_MS).min().filter(|_| can_probe);
         let stuck = self.wants_stuck().then_some(self.stuck_retry_at);
         let write = (!self.dirty.is_empty() && self.write_retry_at > 0).then_some(self.write_retry_at);
-        [grace, stuck, write].into_iter().flatten().min()
+        [grace, stuck, write, self.files.deadline()].into_iter().flatten().min()
     }
 
     /// The regions.

@@ -283,6 +283,8 @@ impl Sim {
                 Action::Poison { page, addr } => self.poison(page, addr / PAGE),
                 Action::Read(transfer) => self.submit(transfer, false),
                 Action::Write(transfer) => self.submit(transfer, true),
+                // The files of regions have a model of their own.
+                Action::ReadFile(_) | Action::WriteFile(_) => unreachable!("no region has a file"),
                 Action::Ask { batch, kind } => self.ask(batch, kind),
             }
         }

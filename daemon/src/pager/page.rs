@@ -95,10 +95,12 @@ pub enum State {
     Warm = 10,
     /// The table: eight bytes, again and again.
     Filled = 11,
+    /// The client's memory: the agent copies it out, for the file of its region.
+    Copying = 12,
 }
 
 impl State {
-    const ALL: [Self; 12] = [
+    const ALL: [Self; 13] = [
         Self::Zero,
         Self::Hot,
         Self::Evicting,
@@ -111,6 +113,7 @@ impl State {
         Self::Probing,
         Self::Warm,
         Self::Filled,
+        Self::Copying,
     ];
 
     /// Whether a page in this state has a frame, or one set aside for it.
@@ -118,7 +121,13 @@ impl State {
     pub fn has_frame(self) -> bool {
         matches!(
             self,
-            Self::Hot | Self::Evicting | Self::Fetching | Self::Held | Self::Mapping | Self::Probing
+            Self::Hot
+                | Self::Evicting
+                | Self::Fetching
+                | Self::Held
+                | Self::Mapping
+                | Self::Probing
+                | Self::Copying
         )
     }
 
@@ -156,6 +165,8 @@ pub const PACKED_COPY: u64 = 1 << 12;
 pub const UNPACK: u64 = 1 << 13;
 /// Has come back soon after an eviction: belongs into the main queue.
 pub const MAIN: u64 = 1 << 14;
+/// The hash is that of bytes which the file of the region has.
+pub const IN_FILE: u64 = 1 << 15;
 
 impl Word {
     /// The state.
@@ -242,6 +253,7 @@ impl fmt::Debug for Word {
             (PACKED_COPY, "packed"),
             (UNPACK, "unpack"),
             (MAIN, "main"),
+            (IN_FILE, "in-file"),
         ];
         write!(f, "{:?}", self.state())?;
         for (_, name) in names.iter().filter(|(flag, _)| self.has(*flag)) {

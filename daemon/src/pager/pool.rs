@@ -1,7 +1,7 @@
 //! Puts pages into the warm pool and takes them out again: which are packed, when they are unpacked, and how the pool is
 //! kept within its share of the budget.
 
-use super::page::{Buffer, FROM_BUFFER, MAIN, PACKED_COPY, PageId, State, UNPACK, WANTED, Word};
+use super::page::{Buffer, FROM_BUFFER, IN_FILE, MAIN, PACKED_COPY, PageId, State, UNPACK, WANTED, Word};
 use super::warm::{Entry, Place, SEGMENT, SEGMENT_FRAMES};
 use super::{Action, Packed, Pager, Store};
 
@@ -27,6 +27,9 @@ impl<S: Store> Pager<S> {
     pub fn wants_packed(&mut self, page: PageId, hash: u64) -> bool {
         let word = self.word(page);
         if word.state() != State::Evicting || word.has(WANTED) {
+            return false;
+        }
+        if self.is_written_back(page, word, hash) {
             return false;
         }
         if self.split.wants_sample() {
@@ -173,7 +176,9 @@ impl<S: Store> Pager<S> {
             return;
         }
         let word = self.drop_source(word);
-        if word.slot().is_some() {
+        if word.has(IN_FILE) {
+            self.settle_in_file(page, word);
+        } else if word.slot().is_some() {
             self.set(page, word.without(WANTED).with_state(State::Cold));
             if word.has(WANTED) {
                 self.bring(page);
@@ -263,6 +268,10 @@ impl<S: Store> Pager<S> {
     fn spill(&mut self, entry: &Entry, word: Word) -> bool {
         if word.slot().is_some() {
             self.drop_copy(entry.page, word.with_state(State::Cold));
+            return true;
+        }
+        if word.has(IN_FILE) {
+            self.settle_in_file(entry.page, word);
             return true;
         }
         // What the agent moves out comes first.

@@ -9,6 +9,7 @@ use std::ops::Range;
 use fmalloc_proto::PAGE;
 use fmalloc_proto::messages::Advice;
 
+use super::files::FileRegion;
 use super::page::PageId;
 use super::ranges::Ranges;
 use super::table::Table;
@@ -59,6 +60,8 @@ pub struct Region {
     pub removed: bool,
     /// Being unregistered.
     pub closing: bool,
+    /// Its content is that of a file.
+    pub file: Option<FileRegion>,
     /// Hints, later ones win.
     pub advice: Vec<(Range<u64>, Advice)>,
     segments: Vec<Segment>,
@@ -171,6 +174,7 @@ impl Regions {
             at_agent: 0,
             removed: false,
             closing: false,
+            file: None,
             advice: Vec::new(),
             segments: Vec::new(),
         };

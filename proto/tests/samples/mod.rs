@@ -2,9 +2,10 @@
 
 use fmalloc_proto::groups::{Adopt, ForkPrepared, GroupStats, GroupToken, Ready, Token};
 use fmalloc_proto::messages::{
-    Advice, Advise, Attach, Attached, Budget, ClientId, ClientList, ClientRow, ClientStats, Empty, ErrorCode,
-    Evict, Evicted, Failure, LatencyList, LatencyRow, Limit, Open, Opened, Page, RegionId, RegionList,
-    RegionRange, RegionRow, RegionsQuery, Register, Registered, Reply, Request, Staging, Status,
+    Advice, Advise, Attach, Attached, Budget, Changed, ClientId, ClientList, ClientRow, ClientStats, Empty,
+    ErrorCode, Evict, Evicted, Failure, FileMode, Flush, FlushUntil, LatencyList, LatencyRow, Limit, Open,
+    Opened, Page, RegionId, RegionList, RegionRange, RegionRow, RegionsQuery, Register, RegisterFile,
+    RegisterLike, Registered, Reply, Request, Staging, Status,
 };
 
 /// Where a sample's fields come from: extremes first, then whatever `next` gives.
@@ -49,7 +50,7 @@ fn opened(s: &mut impl Source) -> Opened {
     }
 }
 
-const CODES: [ErrorCode; 10] = [
+const CODES: [ErrorCode; 13] = [
     ErrorCode::Protocol,
     ErrorCode::Denied,
     ErrorCode::NotFound,
@@ -60,12 +61,21 @@ const CODES: [ErrorCode; 10] = [
     ErrorCode::Unsupported,
     ErrorCode::Draining,
     ErrorCode::System,
+    ErrorCode::FileFull,
+    ErrorCode::FileFailed,
+    ErrorCode::FileBusy,
 ];
+const MODES: [FileMode; 3] = [FileMode::ReadOnly, FileMode::Shared, FileMode::Private];
+const UNTIL: [FlushUntil; 3] = [FlushUntil::Begun, FlushUntil::Written, FlushUntil::Synced];
 const ADVICE: [Advice; 5] =
     [Advice::Normal, Advice::Sequential, Advice::Random, Advice::WillNeed, Advice::Cold];
 
 fn range(s: &mut impl Source) -> RegionRange {
     RegionRange { region: s.word(), offset: s.next(), len: s.next() }
+}
+
+fn register(s: &mut impl Source) -> Register {
+    Register { addr: s.next(), len: s.next(), commit: s.flag(), label: s.text() }
 }
 
 fn stats(s: &mut impl Source) -> ClientStats {
@@ -84,6 +94,8 @@ fn stats(s: &mut impl Source) -> ClientStats {
         faults_read: s.next(),
         faults_rescued: s.next(),
         faults_stalled: s.next(),
+        file_pages_in: s.next(),
+        file_pages_out: s.next(),
         pages_in: s.next(),
         pages_readahead: s.next(),
         pages_out: s.next(),
@@ -142,7 +154,17 @@ pub(crate) fn requests(s: &mut impl Source) -> Vec<Request> {
             staging: s.flag().then(|| Staging { addr: s.next(), len: s.next() }),
             inherit: s.flag(),
         }),
-        Request::Register(Register { addr: s.next(), len: s.next(), commit: s.flag(), label: s.text() }),
+        Request::Register(register(s)),
+        Request::RegisterFile(RegisterFile {
+            region: register(s),
+            offset: s.next(),
+            mode: MODES[s.below(MODES.len())],
+        }),
+        Request::Flush(Flush { range: range(s), until: UNTIL[s.below(UNTIL.len())] }),
+        Request::MakeWritable(RegionId { region: s.word() }),
+        Request::Changed(range(s)),
+        Request::Prefetch(range(s)),
+        Request::RegisterLike(RegisterLike { region: register(s), of: s.word() }),
         Request::Commit(range(s)),
         Request::Decommit(range(s)),
         Request::Unregister(RegionId { region: s.word() }),
@@ -179,6 +201,10 @@ pub(crate) fn replies(s: &mut impl Source) -> Vec<Reply> {
         Reply::Attached(Attached { poison: s.flag() }),
         Reply::Registered(Registered { region: s.word() }),
         Reply::Stats(stats(s)),
+        Reply::Changed(Changed {
+            runs: (0..s.below(4)).map(|_| (s.next(), s.next())).collect(),
+            next: s.flag().then(|| s.next()),
+        }),
         Reply::Budget(Budget { bytes: s.next() }),
         Reply::ForkPrepared(ForkPrepared { token: token(s) }),
         Reply::Adopted(opened(s)),

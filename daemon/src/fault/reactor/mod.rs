@@ -15,11 +15,13 @@ use thiserror::Error;
 pub use psync::Psync;
 pub use uring::Uring;
 
-/// A transfer of the swap file.
+/// A transfer of the swap file, or of another.
 #[derive(Debug, Clone, Copy)]
 pub struct Io {
     /// Comes back in the completion.
     pub token: u64,
+    /// The file, if it is not the swap file; open until the completion.
+    pub file: Option<RawFd>,
     /// Into memory, or out of it.
     pub is_read: bool,
     /// Byte offset in the file.

@@ -27,13 +27,14 @@ impl Reactor for Psync {
     unsafe fn submit(&mut self, io: Io) {
         let (len, offset) = (io.len as usize, libc::off_t::try_from(io.offset).unwrap_or(libc::off_t::MAX));
         let memory = io.memory.as_ptr();
+        let file = io.file.unwrap_or(self.swap);
         let got: i64 = loop {
             // SAFETY: the caller promises memory of this length.
             let got = unsafe {
                 if io.is_read {
-                    libc::pread(self.swap, memory.cast(), len, offset)
+                    libc::pread(file, memory.cast(), len, offset)
                 } else {
-                    libc::pwrite(self.swap, memory.cast(), len, offset)
+                    libc::pwrite(file, memory.cast(), len, offset)
                 }
             };
             match Errno::result(got) {

@@ -65,7 +65,7 @@ impl Uring {
 
 impl Reactor for Uring {
     unsafe fn submit(&mut self, io: Io) {
-        let (fd, memory) = (Fd(self.swap), io.memory.as_ptr());
+        let (fd, memory) = (Fd(io.file.unwrap_or(self.swap)), io.memory.as_ptr());
         let entry = if io.is_read {
             opcode::Read::new(fd, memory, io.len).offset(io.offset).build()
         } else {

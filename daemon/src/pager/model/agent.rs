@@ -91,6 +91,7 @@ impl Sim {
             BatchKind::Evict => self.try_move(w, n),
             BatchKind::Probe => self.probe(w, n),
             BatchKind::Protect => self.take_access(w, n),
+            BatchKind::Copy => unreachable!("no region has a file"),
         };
         if let Some(result) = result {
             let entry = &mut self.agent.works[w].entries[n];
@@ -189,6 +190,7 @@ impl Sim {
                 }
                 (BatchKind::Probe, _) => self.pager.not_probed(batch, n, page),
                 (BatchKind::Protect, _) => self.pager.protected(page),
+                (BatchKind::Copy, _) => unreachable!("no region has a file"),
             }
         }
         self.pager.batch_ended(batch);

@@ -9,6 +9,7 @@ mod basic;
 mod calls;
 mod content;
 mod endure;
+mod files;
 mod hostile;
 mod kin;
 mod life;
@@ -137,6 +138,14 @@ fn run(state: &State, name: &str, args: &mut Args<'_>, stop: &AtomicBool) -> Out
         "mlock" => mappings::lock(state, args),
         "wander" => mappings::wander(state, args),
         "mix" => mappings::mix(state, args),
+
+        "map" => files::map(state, args),
+        "map-fill" => files::fill(args),
+        "map-verify" => files::verify(args),
+        "map-read" => files::read(args),
+        "map-flush" => files::flush(args),
+        "map-rewrite" => files::rewrite(args),
+        "map-drop" => files::unmap(args),
 
         "pipe-out" => calls::pipe_out(state, args),
         "pipe-in" => calls::pipe_in(state, args),
