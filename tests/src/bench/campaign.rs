@@ -282,11 +282,14 @@ impl Campaign<'_> {
             }));
         }
         let each = || scenarios.keys().copied();
-        floors.extend(each().flat_map(|scenario| report::native(&self.figures, scenario, &workloads)));
+        let (figures, listed) = (&self.figures, &workloads[..]);
+        let alone = |peer| each().flat_map(move |one| report::alone(figures, one, listed, peer));
+        floors.extend(alone(Peer::Native));
         let report = Report {
             size: self.bench.size,
             ram: scenarios.values().next().copied().unwrap_or(0),
             results: each().flat_map(|one| report::rows(&self.figures, one, &workloads, &peers)).collect(),
+            fmalloc: alone(Peer::Fmalloc).collect(),
             floors,
             latency: each().flat_map(|one| report::latency(&self.figures, one, &everyone)).collect(),
             cpu: each().flat_map(|one| report::cpu(&self.figures, one, &workloads, &everyone)).collect(),

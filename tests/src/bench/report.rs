@@ -19,6 +19,8 @@ pub(crate) struct Report {
     pub(crate) ram: u64,
     /// One row for each scenario, workload and peer.
     pub(crate) results: Vec<Row>,
+    /// fmalloc alone: the same figures as in the results, and there without any peer.
+    pub(crate) fmalloc: Vec<FloorRow>,
     /// The disk itself, and memory without a limit.
     pub(crate) floors: Vec<FloorRow>,
     /// Single faults.
@@ -70,10 +72,10 @@ pub(crate) struct Row {
     pub(crate) ratio: Option<Spread>,
 }
 
-/// A floor.
+/// A figure beside nothing.
 #[derive(Debug, Clone, Serialize)]
 pub(crate) struct FloorRow {
-    /// `raw-…`: the disk; `native`: memory without a limit.
+    /// `raw-…`: the disk; `native`: memory without a limit; `fmalloc`.
     pub(crate) floor: String,
     /// Only for memory.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -225,12 +227,17 @@ pub(crate) fn rows(
     rows
 }
 
-/// What memory without a limit gives.
-pub(crate) fn native(figures: &Figures, scenario: Scenario, workloads: &[Workload]) -> Vec<FloorRow> {
+/// What one gives, beside nobody.
+pub(crate) fn alone(
+    figures: &Figures,
+    scenario: Scenario,
+    workloads: &[Workload],
+    peer: Peer,
+) -> Vec<FloorRow> {
     let row = |workload: &Workload| {
-        let rates = figures.rates(scenario, *workload, Peer::Native);
+        let rates = figures.rates(scenario, *workload, peer);
         Some(FloorRow {
-            floor: Peer::Native.to_string(),
+            floor: peer.to_string(),
             scenario: Some(scenario),
             workload: Some(*workload),
             value: Spread::of(rates.into_values())?,

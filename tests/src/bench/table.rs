@@ -24,7 +24,7 @@ pub(crate) fn all(report: &Report) -> String {
             Size(*ram),
             report.runs,
         );
-        text.push_str(&comparison(&rows, &report.floors, *scenario));
+        text.push_str(&comparison(&rows, report, *scenario));
         for (reason, places) in reasons(&rows) {
             let _ = writeln!(text, "- {}: {reason}", places.join(", "));
         }
@@ -55,26 +55,30 @@ pub(crate) fn all(report: &Report) -> String {
     text
 }
 
-fn comparison(rows: &[&Row], floors: &[FloorRow], scenario: Scenario) -> String {
+fn comparison(rows: &[&Row], report: &Report, scenario: Scenario) -> String {
     let mut peers: Vec<Peer> = rows.iter().map(|row| row.peer).collect();
     peers.sort_unstable();
     peers.dedup();
-    let mut workloads: Vec<Workload> = rows.iter().map(|row| row.workload).collect();
+    // Without peers there are no rows, without a figure of fmalloc there is none of it alone.
+    let alone = report.fmalloc.iter().filter(|row| row.scenario == Some(scenario));
+    let mut workloads: Vec<Workload> =
+        alone.filter_map(|row| row.workload).chain(rows.iter().map(|row| row.workload)).collect();
+    workloads.sort_unstable();
     workloads.dedup();
     let mut head = vec!["workload".to_owned(), "unit".to_owned(), Peer::Fmalloc.to_string()];
     head.extend(peers.iter().map(ToString::to_string));
-    head.push("native".to_owned());
+    head.push(Peer::Native.to_string());
     let head: Vec<&str> = head.iter().map(String::as_str).collect();
     let mut table = table(&head);
     for workload in workloads {
         let of = |peer: Peer| rows.iter().find(|row| row.workload == workload && row.peer == peer);
-        let Some(first) = peers.first().and_then(|peer| of(*peer)) else { continue };
-        let ours = first.fmalloc.as_ref().map_or("-".to_owned(), figure);
-        let at_most = if first.fmalloc_status.is_some() { "≤ " } else { "" };
-        let mut cells = vec![workload.to_string(), first.unit.clone(), format!("{at_most}{ours}")];
+        let is_of = |row: &&FloorRow| (row.scenario, row.workload) == (Some(scenario), Some(workload));
+        let ours = report.fmalloc.iter().find(is_of).map_or("-".to_owned(), |row| figure(&row.value));
+        let bound = rows.iter().any(|row| row.workload == workload && row.fmalloc_status.is_some());
+        let at_most = if bound && ours != "-" { "≤ " } else { "" };
+        let mut cells = vec![workload.to_string(), workload.unit().to_string(), format!("{at_most}{ours}")];
         cells.extend(peers.iter().map(|peer| of(*peer).map_or_else(String::new, |row| cell(row))));
-        let native =
-            floors.iter().find(|row| (row.scenario, row.workload) == (Some(scenario), Some(workload)));
+        let native = report.floors.iter().find(is_of);
         cells.push(native.map_or_else(String::new, |row| number(row.value.median)));
         table.add_row(cells);
     }
