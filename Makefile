@@ -2,10 +2,11 @@
 MESSAGES ?= 10000000
 MINUTES ?= 10
 
-.PHONY: help setup build demo test test-windows bench bench-full lint install uninstall deb fuzz soak
+.PHONY: help setup build demo test test-windows bench bench-full lint install uninstall deb fuzz soak realworld
 
 help:
 	@echo "make demo    sort 512 MiB of this machine's text within 64 MiB of RAM (FMALLOC_DEMO_MIB=... for another size)"
+	@echo "make realworld  programs of the distribution within a third of the RAM that they need, beside kernel swap (REALWORLD=options)"
 	@echo "make test    all tests; run it as root, for a full userfaultfd"
 	@echo "make test-windows  the client's tests for Windows, under wine (the first time it installs what that needs: Debian 12)"
 	@echo "make bench   fmalloc beside kernel swap and others, within 20 minutes (BENCH=--quick: 3 minutes; BENCH=--help for more)"
@@ -27,6 +28,9 @@ build: setup
 
 demo: build
 	@tests/demo/run.sh
+
+realworld: build
+	target/release/fmalloc-realworld $(REALWORLD)
 
 # In the dev profile, which is optimised a little and has overflow checks and debug assertions. The daemon and the
 # helper programs are built first: tests of one package run binaries of another.

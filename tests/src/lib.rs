@@ -7,6 +7,8 @@
 //! - [`worker`]: client processes, told line by line what to do: the binary `fmalloc-worker` of this package;
 //! - [`pattern`]: the content of pages, such that any wrong byte shows; [`rng`]: random numbers that can be repeated;
 //! - [`twins`]: two pages that a public hash cannot tell apart;
+//! - [`realworld`]: programs of the distribution, and work for them; [`kernel_swap`]: what they would otherwise have;
+//! - [`run`]: programs under `fmallocctl run`: the binary `fmalloc-program` of this package, and others;
 //! - [`place`]: where binaries and temporary files are, and whether tests can run here at all;
 //! - [`trace`]: what real programs allocate and free;
 //! - [`process`]: what the kernel says about a process.
@@ -16,10 +18,13 @@
 pub mod bench;
 pub mod daemon;
 pub mod failing;
+pub mod kernel_swap;
 pub mod pattern;
 pub mod place;
 pub mod process;
+pub mod realworld;
 pub mod rng;
+pub mod run;
 pub mod trace;
 pub mod twins;
 pub mod worker;

@@ -5,10 +5,14 @@ use std::env;
 use std::path::PathBuf;
 use std::sync::OnceLock;
 
+use fmalloc_client::GroupToken;
+
 /// Smallest allocation that is paged, in bytes.
 const THRESHOLD: &str = "FMALLOC_THRESHOLD";
 /// Addresses to reserve for each of the heap and the mappings, in bytes.
 const RESERVE: &str = "FMALLOC_RESERVE";
+/// Name of the group whose budget this process shares, in hexadecimal.
+const GROUP: &str = "FMALLOC_GROUP";
 /// The daemon's socket.
 const SOCKET: &str = "FMALLOC_SOCKET";
 /// Start paging at once, say whether that worked, and end.
@@ -24,6 +28,8 @@ pub(crate) struct Config {
     pub(crate) threshold: usize,
     /// Addresses to reserve for each of the heap and the mappings, in bytes.
     pub(crate) reserve: usize,
+    /// Whose budget this process shares.
+    pub(crate) group: Option<GroupToken>,
     /// The daemon's socket; without it the usual places.
     pub(crate) socket: Option<PathBuf>,
     /// Only try.
@@ -37,6 +43,7 @@ pub(crate) fn load() -> &'static Config {
     CONFIG.get_or_init(|| Config {
         threshold: number(THRESHOLD).unwrap_or(0),
         reserve: number(RESERVE).filter(|size| *size > 0).unwrap_or(DEFAULT_RESERVE),
+        group: text(GROUP).and_then(|text| text.parse().ok()),
         socket: env::var_os(SOCKET).filter(|path| !path.is_empty()).map(PathBuf::from),
         trial: env::var_os(TRIAL).is_some(),
     })
@@ -47,6 +54,10 @@ pub(crate) fn get() -> Option<&'static Config> {
     CONFIG.get()
 }
 
+fn text(name: &str) -> Option<String> {
+    env::var(name).ok().filter(|text| !text.is_empty())
+}
+
 fn number(name: &str) -> Option<usize> {
-    env::var(name).ok()?.parse().ok()
+    text(name)?.parse().ok()
 }

@@ -2,7 +2,7 @@
 //! loader put it in front of libc (LD_PRELOAD), so that the program's calls of `malloc`, `mmap`, `fork` and their kin
 //! come here.
 //!
-//! - [`malloc`], [`mapping`], [`locked`], [`threads`]: the functions that the program calls.
+//! - [`malloc`], [`mapping`], [`locked`], [`fork`], [`threads`]: the functions that the program calls.
 //! - [`paging`]: whether the process is paged, and how that begins; [`maps`] and [`area`]: its mappings.
 //! - [`inside`], [`own`], [`next`], [`raw`]: what keeps this library's own work from coming back to it.
 //!
@@ -14,6 +14,7 @@
 
 mod area;
 mod config;
+mod fork;
 mod inside;
 mod locked;
 mod malloc;
@@ -35,6 +36,7 @@ extern "C" fn at_start() {
     let _inside = inside::Inside::enter();
     next::next();
     let config = config::load();
+    fork::register();
     if config.trial {
         try_out(config);
     }

@@ -9,7 +9,7 @@ use fmalloc_client::heap::{BadPointer, ReallocError};
 use libc::{EINVAL, ENOMEM};
 
 use crate::config;
-use crate::inside::Inside;
+use crate::inside::{Inside, is_inside};
 use crate::next::next;
 use crate::paging::{Paging, Way, paging, uncount, way};
 use crate::{raw, say};
@@ -56,6 +56,10 @@ unsafe extern "C" fn realloc(old: *mut c_void, size: usize) -> *mut c_void {
         return ptr::null_mut();
     }
     if let Some(paging) = owner(block) {
+        if is_inside() {
+            // SAFETY: the caller's.
+            return unsafe { moved_to_libc(paging, block, size) };
+        }
         let _inside = Inside::enter();
         // SAFETY: the caller's.
         return match unsafe { paging.heap.realloc(block, size, ALIGN) } {
@@ -116,6 +120,10 @@ unsafe extern "C" fn free(old: *mut c_void) {
         // SAFETY: the caller's.
         return unsafe { (next().free)(old) };
     };
+    if is_inside() {
+        // The heap may be in the middle of something: rather lose a block, which libc hardly ever frees here.
+        return;
+    }
     let _inside = Inside::enter();
     let errno = raw::errno();
     // SAFETY: the caller's.
@@ -237,6 +245,24 @@ extern "C" fn mallinfo2() -> libc::mallinfo2 {
 #[inline]
 fn owner(block: NonNull<u8>) -> Option<&'static Paging> {
     paging().filter(|paging| paging.heap.owns(block.as_ptr()))
+}
+
+/// What `realloc` does inside, where the heap may be in the middle of something: the loader resizes the list of a thread's
+/// storage wherever it finds that it must. The old block is lost.
+///
+/// # Safety
+/// As [`realloc`].
+#[cold]
+unsafe fn moved_to_libc(paging: &Paging, old: NonNull<u8>, size: usize) -> *mut c_void {
+    // SAFETY: any size will do; both blocks have the bytes that are copied.
+    unsafe {
+        let new = (next().malloc)(size);
+        if !new.is_null() {
+            let usable = paging.heap.usable_size(old).unwrap_or(0);
+            new.cast::<u8>().copy_from_nonoverlapping(old.as_ptr(), usable.min(size));
+        }
+        new
+    }
 }
 
 fn paged(paging: &Paging, size: usize, align: usize) -> *mut c_void {

@@ -48,11 +48,6 @@ impl Maps {
         Ok(Self { region, area: Mutex::new(Area::new(pages)) })
     }
 
-    /// Where the area is.
-    pub(crate) fn region(&self) -> &Region {
-        &self.region
-    }
-
     /// The part of `len` bytes from `addr` on that is in the area; none if there is nothing of it.
     pub(crate) fn split(&self, addr: usize, len: usize) -> Option<Split> {
         let (base, size) = (self.base(), self.region.len());

@@ -5,6 +5,8 @@ use std::ffi::{CStr, c_void};
 use std::mem::transmute;
 use std::sync::atomic::{AtomicPtr, AtomicU8, Ordering};
 
+use libc::pid_t;
+
 use crate::own;
 
 /// The functions of the next library.
@@ -18,6 +20,8 @@ pub(crate) struct Next {
     pub(crate) usable: Option<unsafe extern "C" fn(*mut c_void) -> usize>,
     pub(crate) trim: Option<unsafe extern "C" fn(usize) -> i32>,
     pub(crate) mallinfo2: Option<unsafe extern "C" fn() -> libc::mallinfo2>,
+    pub(crate) fork: Option<unsafe extern "C" fn() -> pid_t>,
+    pub(crate) plain_fork: Option<unsafe extern "C" fn() -> pid_t>,
     pub(crate) pthread_create: Option<PthreadCreate>,
 }
 
@@ -38,6 +42,8 @@ const INTERNAL: Next = Next {
     usable: None,
     trim: None,
     mallinfo2: None,
+    fork: None,
+    plain_fork: None,
     pthread_create: None,
 };
 
@@ -74,6 +80,8 @@ fn look_up() -> &'static Next {
             usable: symbol(c"malloc_usable_size").map(|f| transmute(f)),
             trim: symbol(c"malloc_trim").map(|f| transmute(f)),
             mallinfo2: symbol(c"mallinfo2").map(|f| transmute(f)),
+            fork: symbol(c"fork").map(|f| transmute(f)),
+            plain_fork: symbol(c"_Fork").map(|f| transmute(f)),
             pthread_create: symbol(c"pthread_create").map(|f| transmute(f)),
         }
     };

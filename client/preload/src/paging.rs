@@ -12,8 +12,9 @@ use fmalloc_client::{ConnectOptions, Error, Health, Pager, Region};
 
 use crate::config::{self, Config};
 use crate::inside::{self, Inside};
+use crate::locked::Unlocked;
 use crate::maps::{self, Maps};
-use crate::{raw, say};
+use crate::say;
 
 /// Bytes that a process may have from libc before it is paged: its libraries' and its own small beginnings.
 pub(crate) const START: usize = 4 << 20;
@@ -130,7 +131,13 @@ pub(crate) fn lock() -> MutexGuard<'static, ()> {
 
 impl Paging {
     fn new(config: &Config) -> Result<Self, Error> {
-        let options = ConnectOptions { socket: config.socket.clone(), ..ConnectOptions::default() };
+        let _unlocked = Unlocked::begin();
+        let options = ConnectOptions {
+            socket: config.socket.clone(),
+            group: config.group,
+            inherit: true,
+            ..ConnectOptions::default()
+        };
         let pager = Pager::connect_with(&options)?;
         let region = Region::sparse_labelled(&pager, config.reserve, "heap")?;
         let heap = Core::new(HeapRegion(region)).ok_or_else(|| Error::System {
@@ -139,10 +146,6 @@ impl Paging {
         })?;
         heap.set_dirty_limit(DIRTY_LIMIT);
         let maps = Maps::new(&pager, config.reserve)?;
-        // The program may have had all future mappings locked.
-        for region in [&heap.backing().0, maps.region()] {
-            raw::munlock(region.as_ptr().cast(), region.len());
-        }
         Ok(Self { pager, heap, maps, threshold: config.threshold })
     }
 

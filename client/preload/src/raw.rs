@@ -79,6 +79,18 @@ pub(crate) fn munlock(addr: *const c_void, len: usize) -> c_int {
     status(unsafe { libc::syscall(libc::SYS_munlock, addr, len) })
 }
 
+/// `mlockall`.
+pub(crate) fn mlockall(flags: c_int) -> c_int {
+    // SAFETY: changes no content.
+    status(unsafe { libc::syscall(libc::SYS_mlockall, flags) })
+}
+
+/// `munlockall`.
+pub(crate) fn munlockall() -> c_int {
+    // SAFETY: as above.
+    status(unsafe { libc::syscall(libc::SYS_munlockall) })
+}
+
 /// Sets errno, and gives what functions that give a status give with it.
 pub(crate) fn fail(errno: c_int) -> c_int {
     set_errno(errno);

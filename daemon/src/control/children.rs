@@ -72,6 +72,11 @@ struct Born {
 }
 
 impl Nursery {
+    /// Whether a child was announced by this token.
+    pub(crate) fn expects(&self, token: Token) -> bool {
+        self.0.borrow().contains_key(&token)
+    }
+
     fn find(&self, token: Token) -> Option<Rc<Cradle>> {
         self.0.borrow().get(&token).cloned()
     }

@@ -17,7 +17,7 @@ use tokio::time::{MissedTickBehavior, interval, sleep, timeout};
 use tracing::{info, warn};
 
 use super::auth::Peer;
-use super::connection::{Connection, failure, watch};
+use super::connection::{Connection, Incoming, failure, watch};
 use super::listener::Listener;
 use super::{Daemon, HANDSHAKE, operator, session};
 use crate::service;
@@ -125,7 +125,16 @@ fn receive(daemon: &Rc<Daemon>, seats: &Rc<Seats>, socket: OwnedFd) {
     let Ok(peer) = Peer::of(socket.as_fd()) else { return };
     let Ok(connection) = Connection::new(socket).map(Rc::new) else { return };
     let daemon = Rc::clone(daemon);
-    match admit(&daemon, seats, &peer) {
+    let seat = if daemon.policy().admits(&peer) {
+        take_seats(&daemon, seats, &peer)
+    } else {
+        let text = format!(
+            "uid {} may not use this fmallocd; its administrator can allow that with --allow-uid or --allow-gid",
+            peer.uid
+        );
+        Err(failure(ErrorCode::Denied, text))
+    };
+    match seat {
         Ok(seat) => {
             spawn_local(async move {
                 greet(daemon, connection, peer).await;
@@ -133,35 +142,55 @@ fn receive(daemon: &Rc<Daemon>, seats: &Rc<Seats>, socket: OwnedFd) {
             });
         }
         Err(reason) => {
-            if daemon.throttle.allows() {
-                warn!(pid = peer.pid, uid = peer.uid, "connection refused: {}", reason.text);
-            }
             if let Some(seat) = seats.take(Place::Refusal, REFUSALS) {
+                let seats = Rc::clone(seats);
                 spawn_local(async move {
-                    // Said as the answer to its first request, where it looks for it.
-                    let _ = timeout(HANDSHAKE, async {
-                        if let Ok(Some(_)) = connection.hello().await
-                            && let Ok(first) = connection.request().await
-                        {
-                            connection.refuse(first.id, reason).await;
-                        }
-                    })
-                    .await;
+                    let invited = hear_out(&daemon, &connection, &peer, reason).await;
                     drop(seat);
+                    if let Some(first) = invited
+                        && let Ok(seat) = take_seats(&daemon, &seats, &peer)
+                    {
+                        session::begin(daemon, connection, peer, first).await;
+                        drop(seat);
+                    }
                 });
             }
         }
     }
 }
 
-fn admit(daemon: &Daemon, seats: &Rc<Seats>, peer: &Peer) -> Result<[Seat; 2], Failure> {
-    if !daemon.policy().admits(peer) {
-        let text = format!(
-            "uid {} may not use this fmallocd; its administrator can allow that with --allow-uid or --allow-gid",
-            peer.uid
-        );
-        return Err(failure(ErrorCode::Denied, text));
+/// Hears what a peer wants that is not admitted. Who shows a token is: it is a process of somebody who was, and has
+/// changed its user since. The others are told why not, as the answer to their first request, where they look for it.
+async fn hear_out(
+    daemon: &Rc<Daemon>,
+    connection: &Rc<Connection>,
+    peer: &Peer,
+    reason: Failure,
+) -> Option<Incoming> {
+    let heard = timeout(HANDSHAKE, async {
+        let role = connection.hello().await.ok()??;
+        connection.request().await.ok().map(|first| (role, first))
+    });
+    let first = match heard.await {
+        Ok(Some((Role::Pager, first)))
+            if reason.code == ErrorCode::Denied && session::is_invited(daemon, &first.request) =>
+        {
+            return Some(first);
+        }
+        Ok(Some((_, first))) => Some(first.id),
+        _ => None,
+    };
+    if daemon.throttle.allows() {
+        warn!(pid = peer.pid, uid = peer.uid, "connection refused: {}", reason.text);
     }
+    if let Some(id) = first {
+        let _ = timeout(HANDSHAKE, connection.refuse(id, reason)).await;
+    }
+    None
+}
+
+/// A place among all connections and among those of the user, if there is one.
+fn take_seats(daemon: &Daemon, seats: &Rc<Seats>, peer: &Peer) -> Result<[Seat; 2], Failure> {
     let limits = daemon.config().limits;
     let (of_all, of_uid) = if daemon.policy().is_administrator(peer) {
         (limits.connections, usize::MAX)

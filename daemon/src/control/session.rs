@@ -70,6 +70,20 @@ pub(crate) async fn run(daemon: Rc<Daemon>, connection: Rc<Connection>, peer: Pe
         Ok(Err(error)) => return daemon.reject(&connection, &peer, error).await,
         Err(_) => return,
     };
+    begin(daemon, connection, peer, first).await;
+}
+
+/// Whether a first request shows a token that the daemon has given out.
+pub(crate) fn is_invited(daemon: &Daemon, first: &Request) -> bool {
+    match first {
+        Request::Open(Open { group: Some(token), .. }) => daemon.families.find(*token).is_ok(),
+        Request::Adopt(adopt) => daemon.nursery.expects(adopt.token),
+        _ => false,
+    }
+}
+
+/// [`run`] from the first request on.
+pub(crate) async fn begin(daemon: Rc<Daemon>, connection: Rc<Connection>, peer: Peer, first: Incoming) {
     let open = match first.request {
         Request::Open(open) => open,
         Request::Adopt(adopt) => {

@@ -48,6 +48,11 @@ impl Link {
         )))
     }
 
+    /// Where the daemon is.
+    pub(super) fn path(&self) -> &Path {
+        &self.path
+    }
+
     fn greet(mut self) -> Result<Self, CtlError> {
         self.set_patience(PATIENCE)?;
         let hello = Hello::new(Role::Control).encode();

@@ -2,11 +2,14 @@
 //! thread; knows nothing of the daemon but the protocol.
 //!
 //! - `link`: finds a daemon and asks it; `tables` and [`json`]: what is printed;
+//! - `run`: runs programs that know nothing of fmalloc; `places`: where its parts are;
 //! - `doctor`: whether fmalloc can run here, with or without a daemon.
 
 mod doctor;
 pub mod json;
 mod link;
+mod places;
+mod run;
 mod tables;
 
 use std::io::{self, Write};
@@ -90,6 +93,7 @@ enum Command {
     },
     /// Try whether fmalloc can run here, and say what would mend it if not
     Doctor(doctor::Options),
+    Run(Box<run::Options>),
 }
 
 /// A client, or one region of it.
@@ -136,6 +140,9 @@ enum CtlError {
 /// Runs one command and gives the process's exit code: see the long help.
 #[must_use]
 pub fn run(cli: &Cli) -> ExitCode {
+    if let Command::Run(options) = &cli.command {
+        return run::run(options, named_socket(cli));
+    }
     let error = match execute(cli) {
         Ok(()) => return ExitCode::SUCCESS,
         // Whoever reads has seen enough.
@@ -153,6 +160,10 @@ pub fn run(cli: &Cli) -> ExitCode {
     })
 }
 
+fn named_socket(cli: &Cli) -> Option<&std::path::Path> {
+    cli.socket.as_deref().filter(|path| !path.as_os_str().is_empty())
+}
+
 fn execute(cli: &Cli) -> Result<(), CtlError> {
     if let Command::Limit { size, .. } = cli.command
         && size.0 < MIN_BUDGET
@@ -160,14 +171,14 @@ fn execute(cli: &Cli) -> Result<(), CtlError> {
         let text = format!("a budget of {size} is less than a client needs; at least {}", Size(MIN_BUDGET));
         return Err(CtlError::Usage(text));
     }
-    let socket = cli.socket.as_deref().filter(|path| !path.as_os_str().is_empty());
+    let socket = named_socket(cli);
     if let Command::Doctor(options) = &cli.command {
         return doctor(&doctor::examine(options, socket), cli.json);
     }
     let mut link = Link::open(socket)?;
     let mut out = io::stdout().lock();
     match cli.command {
-        Command::Doctor(_) => Ok(()),
+        Command::Doctor(_) | Command::Run(_) => Ok(()),
         Command::Status => match link.ask(&Request::Status(Empty {}))? {
             Reply::Status(status) => {
                 let status = json::Status::new(&status, &clients(&mut link)?);

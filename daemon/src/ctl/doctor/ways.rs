@@ -14,6 +14,7 @@ use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::unistd::Group;
 
 use super::super::link::Link;
+use super::super::places::find_daemon;
 use super::report::{Report, State, as_root};
 use super::rights::{self, GROUP};
 use super::talk::{self, Refusal};
@@ -239,20 +240,6 @@ pub(super) fn private(report: &mut Report, swap_dir: &Path, access: &Access) {
             report.lacks("fmallocd", State::Blocks, found, cost, mend);
         }
     }
-}
-
-/// Where a program's library looks for it.
-fn find_daemon() -> Option<PathBuf> {
-    if let Some(named) = std::env::var_os("FMALLOC_DAEMON").filter(|name| !name.is_empty()) {
-        return Some(named.into());
-    }
-    let beside = std::env::current_exe().ok().and_then(|own| Some(own.parent()?.join("fmallocd")));
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    let in_path =
-        std::env::split_paths(&path).filter(|dir| dir.is_absolute()).map(|dir| dir.join("fmallocd"));
-    let elsewhere =
-        ["/usr/libexec/fmalloc/fmallocd", "/usr/local/libexec/fmalloc/fmallocd"].map(PathBuf::from);
-    beside.into_iter().chain(in_path).chain(elsewhere).find(|path| path.is_file())
 }
 
 fn start_private(program: &Path, swap_dir: &Path) -> Result<(Child, OwnedFd), String> {
