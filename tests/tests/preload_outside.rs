@@ -70,7 +70,9 @@ fn signals_reach_the_program_once() {
         kill(pid, Signal::SIGKILL).unwrap();
         child.wait().unwrap();
         // What cannot be passed on leaves the program behind.
-        below.into_iter().for_each(|pid| drop(kill(Pid::from_raw(pid.cast_signed()), Signal::SIGKILL)));
+        for pid in below {
+            let _ = kill(Pid::from_raw(pid.cast_signed()), Signal::SIGKILL);
+        }
     }
 }
 

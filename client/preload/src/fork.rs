@@ -66,6 +66,7 @@ unsafe extern "C" fn fork() -> pid_t {
 ///
 /// # Safety
 /// As for the function of libc.
+#[allow(non_snake_case, reason = "the C library's name")]
 #[cfg_attr(not(test), unsafe(no_mangle))]
 unsafe extern "C" fn _Fork() -> pid_t {
     let Some(fork) = next().plain_fork else { return raw::fail(libc::ENOSYS) };

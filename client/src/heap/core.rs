@@ -25,7 +25,7 @@ const DIRTY_LIMIT: usize = 16 << 20;
 /// Blocks of up to 16 KiB come from slabs, larger ones are runs of pages. Each call takes constant time, whatever the size
 /// of the heap, but for the system calls that make memory usable or drop its content. Nothing here allocates otherwise
 /// or panics, so that it can be what `malloc` is made of: its own tables are anonymous mappings that grow as needed
-/// (about 0.2 % of the heap, 3 % if it is full of 16-byte blocks).
+/// (about 0.3 % of the heap, 3 % if it is full of 16-byte blocks).
 ///
 /// Any number of threads may use it. After `fork` the child may too, if [`Core::prepare_fork`] and its kin are called and
 /// the backing is inherited.
