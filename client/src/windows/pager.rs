@@ -135,11 +135,13 @@ impl Pager {
         let paging = &state.paging;
         let counters = paging.counters;
         let pages = |units: u64| units * to_u64(self.0.engine.unit / PAGE_SIZE);
+        let overhead = admin.tables + to_u64(paging.frames() * size_of::<Frame>());
         Ok(ClientStats {
             budget_bytes: admin.budget,
             resident_pages: pages(paging.held().into()),
             peak_resident_pages: pages(counters.peak),
-            overhead_bytes: admin.tables + to_u64(paging.frames() * size_of::<Frame>()),
+            overhead_bytes: overhead,
+            peak_held_bytes: counters.peak * to_u64(self.0.engine.unit) + overhead,
             swapped_pages: pages(paging.cold()),
             slots: admin.claimed / to_u64(PAGE_SIZE),
             claimed_pages: admin.claimed / to_u64(PAGE_SIZE),
