@@ -220,17 +220,18 @@ impl Pager {
         } else {
             None
         };
-        let old;
-        {
-            let mut state = engine.state();
-            if limit < state.paging.least_limit() {
-                let least = u64::from(state.paging.least_limit()) * to_u64(engine.unit) + tables;
-                return Err(Error::invalid(format!("{} are needed for what is pinned", Size(least))));
-            }
-            // Nobody else makes it larger: the caller has the administration's lock.
-            old = table.map(|table| state.paging.grow(table));
-            state.paging.set_limit(limit);
+        let mut state = engine.state();
+        let least = state.paging.least_limit();
+        if limit < least {
+            // Nothing is allocated with the lock held: the program's allocator may fault.
+            drop(state);
+            let bytes = u64::from(least) * to_u64(engine.unit) + tables;
+            return Err(Error::invalid(format!("{} are needed for what is pinned", Size(bytes))));
         }
+        // Nobody else makes it larger: the caller has the administration's lock.
+        let old = table.map(|table| state.paging.grow(table));
+        state.paging.set_limit(limit);
+        drop(state);
         drop(old);
         engine.shrink().map_err(|refusal| refused("lowering the budget", refusal))
     }
