@@ -11,7 +11,7 @@ use fmalloc_proto::ring::{BatchKind, Layout, PageResult};
 use proptest::prelude::*;
 
 use super::model::rng::Rng;
-use super::page::{PageId, Slot, State};
+use super::page::{FRESH, PageId, Slot, State};
 use super::{Action, Content, Packed, Pager, Sizes, Source, Stop, Store, Transfer};
 use crate::arena::Arena;
 
@@ -372,8 +372,11 @@ fn fork(parent: &mut Side, rng: &mut Rng, next: &mut u64) -> Side {
     let mut child = Side::new(forked.pager, parent.disk.clone());
     (child.memory, child.expected, child.buffers) = (memory, expected, buffers);
     child.pager.set_agent();
-    let hot = (0..PAGES).filter(|index| child.pager.word(PageId::new(0, *index)).state() == State::Hot);
-    assert!(hot.count() <= child.memory.len(), "more pages hot than were in memory");
+    for index in 0..PAGES {
+        let word = child.pager.word(PageId::new(0, index));
+        let there = word.state() != State::Hot || word.has(FRESH) || child.memory.contains_key(&index);
+        assert!(there, "page {index} is not in memory: {word:?}");
+    }
     child
 }
 

@@ -117,8 +117,8 @@ pub(crate) fn make(state: &Arc<State>, args: &mut Args<'_>) -> Outcome {
         }
         None => {
             drop(ours);
-            // The parent's children are not this one's.
-            std::mem::forget(std::mem::take(&mut *state.children.0.lock().unwrap()));
+            // The parent's children are not this one's, and must see when the parent lets them go.
+            state.children.0.lock().unwrap().clear();
             let input = BufReader::new(theirs.try_clone().unwrap());
             drop(pager);
             let code = i32::from(!serve(state, input, theirs));
@@ -394,12 +394,12 @@ pub(crate) fn check_versions(state: &State, args: &mut Args<'_>) -> Outcome {
         ensure!(begin.elapsed().as_secs() < 30, "the parent does not say what it has written");
         thread::yield_now();
     }
-    for (index, before) in before.iter().enumerate().take(memory.pages()) {
+    for (index, done) in written.done.iter().enumerate() {
         let (least, most) = if now {
-            let done = written.done[index].load(Ordering::SeqCst);
+            let done = done.load(Ordering::SeqCst);
             (done, done)
         } else {
-            (*before, written.after[index + 1].load(Ordering::SeqCst) + 1)
+            (before[index], written.after[index + 1].load(Ordering::SeqCst) + 1)
         };
         let page = memory.page(index);
         let (new, old) = (page[0] >> 32, page[WORDS - 1] >> 32);
