@@ -249,7 +249,8 @@ impl SmallDisk {
 
 impl Drop for SmallDisk {
     fn drop(&mut self) {
-        let _ = Command::new("umount").arg(&self.0).status();
+        // A daemon that is just ending may have its swap file there.
+        let _ = Command::new("umount").arg("--lazy").arg(&self.0).status();
     }
 }
 
