@@ -135,6 +135,7 @@ impl Error {
     }
 
     /// The nearest error number of the system: what a function with the manners of the C library shall give to its caller.
+    #[cfg(unix)]
     #[must_use]
     pub fn errno(&self) -> i32 {
         match self {

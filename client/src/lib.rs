@@ -47,6 +47,7 @@ mod agent;
 #[cfg(unix)]
 mod connect;
 mod error;
+#[cfg(unix)]
 mod fork;
 mod health;
 pub mod heap;
@@ -77,6 +78,7 @@ pub use error::Error;
 pub use fmalloc_proto::PAGE_SIZE;
 pub use fmalloc_proto::groups::Token as GroupToken;
 pub use fmalloc_proto::messages::{Advice, ClientStats, ErrorCode};
+#[cfg(unix)]
 pub use fork::{PreparedFork, fork};
 pub use health::Health;
 pub use options::{ConnectOptions, LocalOptions, PrivateOptions};
