@@ -2,9 +2,9 @@
 //! loader put it in front of libc (LD_PRELOAD), so that the program's calls of `malloc`, `mmap`, `fork` and their kin
 //! come here.
 //!
-//! - [`malloc`], [`mapping`], [`locked`], [`fork`], [`threads`]: the functions that the program calls.
-//! - [`paging`]: whether the process is paged, and how that begins; [`maps`] and [`area`]: its mappings.
-//! - [`inside`], [`own`], [`next`], [`raw`]: what keeps this library's own work from coming back to it.
+//! - `malloc`, `mapping`, `locked`, `fork`, `threads`: the functions that the program calls.
+//! - `paging`: whether the process is paged, and how that begins; `maps` and `area`: its mappings.
+//! - `inside`, `own`, `next`, `raw`: what keeps this library's own work from coming back to it.
 //!
 //! Two rules hold everywhere. Whatever the library does for itself happens *inside*: its memory is libc's, its mappings
 //! are the kernel's. And the threads that evict never touch paged memory: they are inside for as long as they live.
