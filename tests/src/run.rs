@@ -49,7 +49,11 @@ impl Runs {
         {
             command.env_remove(name);
         }
-        command.arg("run").arg("--swap-dir").arg(self.dir()).args(options).arg("--").stdin(Stdio::null());
+        command.arg("run");
+        if !options.contains(&"--swap-dir") {
+            command.arg("--swap-dir").arg(self.dir());
+        }
+        command.args(options).arg("--").stdin(Stdio::null());
         // A panic for want of memory has none for a trace either.
         process::end_with_us(command.env("RUST_BACKTRACE", "0"));
         command

@@ -83,7 +83,9 @@ fn a_lost_daemon_makes_the_program_wait_until_a_signal_ends_it() {
     let [daemon] = daemons[..] else { panic!("daemons of {owner}: {daemons:?}") };
     nix::sys::signal::kill(nix::unistd::Pid::from_raw(daemon.cast_signed()), Signal::SIGKILL).unwrap();
     wait_until("the daemon is gone", || !process::is_alive(daemon));
-    child.stdin.take().unwrap().write_all(b"x").unwrap();
+    // Not closed: whoever waits for a page in `read` holds the pipe.
+    let mut input = child.stdin.take().unwrap();
+    input.write_all(b"x").unwrap();
     assert_eq!(process::wait(&mut child, Duration::from_secs(2)), None, "it went on without its memory");
     process::signal(&child, Signal::SIGTERM);
     let end = process::wait(&mut child, PATIENCE).expect("a signal does not end it");
