@@ -1,4 +1,4 @@
-//! Swap I/O that fails on demand. The daemon `fmallocd-failing` puts [`Failing`] between its fault threads and the swap
+//! Swap I/O that fails on demand. The daemon `fmallocd-failing` puts `Failing` between its fault threads and the swap
 //! file; a test says through a [`Plan`], which is memory that both share, what is to fail, and reads there what did.
 
 use std::fs::File;
@@ -176,7 +176,7 @@ impl Plan {
     }
 }
 
-/// Puts a [`Failing`] before the reactor of every client.
+/// Puts a `Failing` before the reactor of every client.
 #[derive(Debug)]
 pub struct Sabotage(pub Arc<Plan>);
 

@@ -1,18 +1,18 @@
 //! The benchmark, `fmalloc-bench`: fmalloc beside kernel swap and whatever else a user could pick, in one run.
 //!
 //! The program that is started is the conductor: it makes the swap file, sets each peer up, runs each group of
-//! workloads in a child process (this program again, see [`plan`]) within a memory cgroup, and puts everything back.
+//! workloads in a child process (this program again, see `plan`) within a memory cgroup, and puts everything back.
 //!
-//! - [`options`], [`kinds`]: the command line, and the words of the benchmark: scenarios, workloads, peers;
-//! - [`campaign`]: what runs in which order; [`job`]: one child of one peer; [`calibrate`]: the first pass that finds
+//! - `options`, `kinds`: the command line, and the words of the benchmark: scenarios, workloads, peers;
+//! - `campaign`: what runs in which order; `job`: one child of one peer; `calibrate`: the first pass that finds
 //!   out how much RAM a compressed pool takes;
-//! - `peers`: setting up fmalloc's daemon, kernel swap, zswap, zram; [`group`]: memory cgroups; [`undo`]: the journal of
+//! - `peers`: setting up fmalloc's daemon, kernel swap, zswap, zram; `group`: memory cgroups; `undo`: the journal of
 //!   what has to be put back, also after a crash;
-//! - [`plan`], [`child`], `work`, [`memory`], [`content`], [`graph`]: what a child does, and the data that it does it to;
-//! - [`floors`]: the disk itself; [`busy`]: whether others used the machine meanwhile; [`machine`]: what it is;
-//! - [`figures`], [`report`], [`table`]: medians, the JSON, the tables.
+//! - `plan`, `child`, `work`, `memory`, `content`, `graph`: what a child does, and the data that it does it to;
+//! - `floors`: the disk itself; `busy`: whether others used the machine meanwhile; `machine`: what it is;
+//! - `figures`, `report`, `table`: medians, the JSON, the tables.
 //!
-//! Other sets of figures, such as a heap's, are subcommands of their own: see [`options::Command`].
+//! Other sets of figures, such as a heap's, are subcommands of their own: see `options::Command`.
 
 mod busy;
 mod calibrate;
