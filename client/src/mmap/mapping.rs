@@ -2,6 +2,7 @@
 //! part of a file, or read what another writes, share one region and so its pages.
 
 use std::io;
+use std::mem::ManuallyDrop;
 use std::ops::Range;
 use std::os::fd::BorrowedFd;
 use std::ptr::NonNull;
@@ -36,7 +37,9 @@ static LIVE: Mutex<Vec<(Identity, Weak<Mapping>)>> = Mutex::new(Vec::new());
 /// A region and what is behind it.
 #[derive(Debug)]
 pub(super) struct Mapping {
-    pub(super) region: Region,
+    pub(super) region: ManuallyDrop<Region>,
+    /// The process that made it: a region over a file is not inherited.
+    owner: u32,
     /// None: anonymous.
     file: Option<MappedFile>,
     /// Pages that guards keep in RAM.
@@ -55,6 +58,20 @@ struct MappedFile {
 }
 
 impl Mapping {
+    fn new(region: Region, file: Option<MappedFile>) -> Self {
+        let region = ManuallyDrop::new(region);
+        Self { region, owner: std::process::id(), file, pins: Mutex::default() }
+    }
+
+    /// Whether this process has it: in a child its number may be that of another region.
+    fn is_here(&self) -> bool {
+        self.link().is_owner() && (self.file.is_none() || self.owner == std::process::id())
+    }
+
+    fn check(&self) -> Result<(), Error> {
+        if self.is_here() { self.link().check() } else { Err(Error::Forked) }
+    }
+
     fn mode(&self) -> Option<FileMode> {
         let file = self.file.as_ref()?;
         Some(if file.upgraded.load(Ordering::Acquire) { FileMode::Shared } else { file.mode })
@@ -72,6 +89,7 @@ impl Mapping {
 
     /// Has changes within the pages around `range` written.
     pub(super) fn flush(&self, range: Range<usize>, until: FlushUntil) -> Result<(), Error> {
+        self.check()?;
         let Some(pages) = self.region.around(&range)? else { return Ok(()) };
         if self.mode() != Some(FileMode::Shared) {
             return Ok(());
@@ -81,6 +99,7 @@ impl Mapping {
 
     /// Lets the region change its file, or its own pages if it is private.
     fn make_writable(&self) -> Result<(), Error> {
+        self.check()?;
         match self.mode() {
             Some(FileMode::ReadOnly) => {
                 self.link().order(&Request::MakeWritable(RegionId { region: self.region.id() }))?;
@@ -97,6 +116,7 @@ impl Mapping {
 
     /// Runs of pages that differ from the file.
     pub(super) fn changed(&self, range: Range<usize>) -> Result<Vec<Range<usize>>, Error> {
+        self.check()?;
         let mut runs = Vec::new();
         let Some(mut pages) = self.region.around(&range)? else { return Ok(runs) };
         loop {
@@ -116,12 +136,14 @@ impl Mapping {
 
     /// Reads the pages around `range` in, as far as the budget allows.
     pub(super) fn prefetch(&self, range: Range<usize>) -> Result<(), Error> {
+        self.check()?;
         let Some(pages) = self.region.around(&range)? else { return Ok(()) };
         self.link().order(&Request::Prefetch(self.region.part(&pages)))
     }
 
     /// Another region over the same part of the file, of another length perhaps, in the same mode.
     fn like(&self, len: usize) -> Result<Self, Error> {
+        self.check()?;
         let Some(file) = &self.file else { return Err(Error::invalid("an anonymous mapping has no file")) };
         let commit = file.mode == FileMode::Private;
         let of = self.region.id();
@@ -131,7 +153,7 @@ impl Mapping {
             })?;
         let upgraded = AtomicBool::new(file.upgraded.load(Ordering::Acquire));
         let file = MappedFile { mode: file.mode, start: file.start, label: file.label.clone(), upgraded };
-        Ok(Self { region, file: Some(file), pins: Mutex::default() })
+        Ok(Self::new(region, Some(file)))
     }
 
     /// A private mapping of the same content.
@@ -153,8 +175,12 @@ impl Mapping {
 impl Drop for Mapping {
     /// What was changed gets into the file, though not yet to the disk.
     fn drop(&mut self) {
-        if self.link().is_owner() && self.mode() == Some(FileMode::Shared) {
+        if self.is_here() {
             let _ = self.flush(0..self.region.len(), FlushUntil::Written);
+        }
+        if self.file.is_none() || self.is_here() {
+            // SAFETY: nothing uses the region after this.
+            unsafe { ManuallyDrop::drop(&mut self.region) };
         }
     }
 }
@@ -183,7 +209,6 @@ impl Drop for Part {
     /// The file has what was changed although others keep the mapping; the last one's end is the mapping's.
     fn drop(&mut self) {
         if let Some(mapping) = self.mapping.as_ref().filter(|mapping| Arc::strong_count(mapping) > 1)
-            && mapping.link().is_owner()
             && self.len > 0
         {
             let _ = mapping.flush(self.range(), FlushUntil::Written);
@@ -202,14 +227,11 @@ impl Part {
         if len == 0 {
             return Ok(Self { mapping: None, start: 0, len });
         }
-        let region = Region::make_with(pager, len, ACCESS, commit, false, "anonymous mapping", |region| {
-            pager.link().call(&Request::Register(region))
-        })?;
-        Ok(Self {
-            mapping: Some(Arc::new(Mapping { region, file: None, pins: Mutex::default() })),
-            start: 0,
-            len,
-        })
+        let region =
+            Region::make_with(pager, len, ACCESS, commit, pager.inherits(), "anonymous mapping", |region| {
+                pager.link().call(&Request::Register(region))
+            })?;
+        Ok(Self { mapping: Some(Arc::new(Mapping::new(region, None))), start: 0, len })
     }
 
     /// A part of a file.
@@ -234,7 +256,7 @@ impl Part {
         // What others have changed must be in the file before it is read.
         let others = live.iter().filter(|(identity, _)| *identity == identity_of(&stat));
         for mapping in others.filter_map(|(_, mapping)| mapping.upgrade()) {
-            if mapping.link().is_owner() {
+            if mapping.is_here() {
                 mapping.flush(0..mapping.region.len(), FlushUntil::Written)?;
             }
         }
@@ -247,7 +269,7 @@ impl Part {
         })?;
         let upgraded = AtomicBool::new(false);
         let file = MappedFile { mode: wanted.mode, start: first, label, upgraded };
-        let mapping = Arc::new(Mapping { region, file: Some(file), pins: Mutex::default() });
+        let mapping = Arc::new(Mapping::new(region, Some(file)));
         if wanted.mode != FileMode::Private {
             live.push((identity_of(&stat), Arc::downgrade(&mapping)));
         }
@@ -304,6 +326,7 @@ impl Part {
         use crate::Advice as Hint;
         let range = self.within(offset, len)?;
         let Some(mapping) = &self.mapping else { return Ok(()) };
+        mapping.check()?;
         let hint = match advice {
             Advice::Normal => Hint::Normal,
             Advice::Random => Hint::Random,
@@ -328,6 +351,7 @@ impl Part {
     ) -> io::Result<()> {
         let range = self.within(offset, len)?;
         let Some(mapping) = &self.mapping else { return Ok(()) };
+        mapping.check()?;
         let shared = matches!(mapping.mode(), Some(FileMode::Shared | FileMode::ReadOnly));
         let number = match advice {
             UncheckedAdvice::DontNeed if shared => {
@@ -348,7 +372,7 @@ impl Part {
             }
         };
         // With a dead daemon the kernel would wait for ever for it to take note.
-        mapping.link().check()?;
+        mapping.check()?;
         let Some(pages) = mapping.region.around(&range)? else { return Ok(()) };
         let place = mapping.region.as_ptr().wrapping_add(pages.start);
         // SAFETY: the pages are the region's; that nobody minds the loss of their content the caller has promised.
@@ -359,7 +383,7 @@ impl Part {
     /// `mlock` or `munlock`.
     pub(super) fn lock(&self, lock: bool, range: Range<usize>) -> io::Result<()> {
         let Some(mapping) = &self.mapping else { return Ok(()) };
-        mapping.link().check()?;
+        mapping.check()?;
         let place = mapping.region.as_ptr().wrapping_add(range.start).cast();
         // SAFETY: changes no content; the range is the region's.
         let result =
@@ -424,13 +448,14 @@ impl Part {
     /// A longer anonymous mapping of the same content.
     fn grown(mapping: &Mapping, bytes: usize) -> Result<Mapping, Error> {
         let pager = mapping.region.pager();
-        let region = Region::make_with(pager, bytes, ACCESS, true, false, "anonymous mapping", |region| {
-            pager.link().call(&Request::Register(region))
-        })?;
+        let region =
+            Region::make_with(pager, bytes, ACCESS, true, pager.inherits(), "anonymous mapping", |region| {
+                pager.link().call(&Request::Register(region))
+            })?;
         let len = mapping.region.len().min(bytes);
         // SAFETY: both regions have these bytes, and nobody else knows the new one yet.
         unsafe { std::ptr::copy_nonoverlapping(mapping.region.as_ptr(), region.as_ptr(), len) };
-        Ok(Mapping { region, file: None, pins: Mutex::default() })
+        Ok(Mapping::new(region, None))
     }
 
     /// A copy of a private or anonymous mapping as it is now.
@@ -473,7 +498,7 @@ fn find_shared(
         let has = mapping.part();
         has.start <= part.start
             && part.end <= has.end
-            && mapping.link().check().is_ok()
+            && mapping.check().is_ok()
             // One that only reads is shared by a writer, so that its readers see what is written; if it can be.
             && (mode == FileMode::ReadOnly || mapping.make_writable().is_ok())
     };

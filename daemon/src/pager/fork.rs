@@ -12,7 +12,6 @@
 use super::page::{
     Buffer, FRESH, FROM_BUFFER, HAS_SLOT, MAIN, PACKED_COPY, PageId, QUEUED, State, UNPACK, Word,
 };
-use super::regions::Region;
 use super::table::{CHUNK_PAGES, Table};
 use super::warm::Place;
 use super::{Pager, Sizes, Store};
@@ -71,10 +70,9 @@ impl<S: Store> Pager<S> {
         }
         let mut forked =
             Forked { pager: child, carried: Vec::new(), out: Vec::new(), discarded_out: self.discarded_out };
-        // Mappings of files are not inherited.
-        let inherited =
-            |(number, region): &(u16, &Region)| !region.closing && !self.has_file(PageId::new(*number, 0));
-        for (number, region) in self.regions.iter().filter(inherited) {
+        for (number, region) in
+            self.regions.iter().filter(|(_, region)| !region.closing && region.file.is_none())
+        {
             let mut index = 0;
             while index < region.pages {
                 let page = PageId::new(number, index);
@@ -99,7 +97,7 @@ impl<S: Store> Pager<S> {
     /// Pages that a child would have to claim.
     #[must_use]
     pub fn claimed_by_fork(&self) -> u64 {
-        let open = self.regions.iter().filter(|(_, region)| !region.closing);
+        let open = self.regions.iter().filter(|(_, region)| !region.closing && region.file.is_none());
         open.map(|(_, region)| region.committed.total()).sum()
     }
 

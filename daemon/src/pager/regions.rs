@@ -130,7 +130,8 @@ impl Regions {
                 ..*region
             })
         };
-        let open = |region: &&Region| !region.closing;
+        // Files are not inherited.
+        let open = |region: &&Region| !region.closing && region.file.is_none();
         let slots: Vec<_> =
             self.slots.iter().map(|region| region.as_ref().filter(open).and_then(&mut fork)).collect();
         let stays = |segment: &Segment| slots.get(usize::from(segment.region)).is_some_and(Option::is_some);
