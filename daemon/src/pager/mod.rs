@@ -498,10 +498,10 @@ impl<S: Store> Pager<S> {
         }
     }
 
-    /// Whether the client holds no more frames than it may.
+    /// Whether the client holds no more than it may.
     #[must_use]
     pub fn is_within_budget(&self) -> bool {
-        self.used <= self.frames()
+        self.used * PAGE + self.overhead() <= self.sizes.budget
     }
 
     /// Whether anybody waits for a frame or a buffer.

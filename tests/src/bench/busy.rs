@@ -90,7 +90,9 @@ mod tests {
     #[test]
     fn machine_time_is_split() {
         let stat = "cpu  100 0 100 700 50 20 20 10 0 0\ncpu0 1 2 3\n";
-        assert_eq!(machine(stat), (2.0, 0.1, 10.0));
+        let (busy, stolen, all) = machine(stat);
+        let near = |found: f64, exact: f64| (found - exact).abs() < 1e-9;
+        assert!(near(busy, 2.0) && near(stolen, 0.1) && near(all, 10.0), "{busy} {stolen} {all}");
         assert!(is_of_the_kernel("2 (kthreadd) S 0 0 0 0 -1 2129984 0 0"));
         assert!(!is_of_the_kernel("1 (a) b) S 0 1 1 0 -1 4194560 0 0"));
     }
