@@ -17,8 +17,8 @@ const LOOK: u32 = 64;
 pub struct Processor {
     /// Those that it had, while it is bound.
     before: Option<CpuSet>,
-    /// The thread that it is bound to, where that was seen, and the file that tells.
-    with: Option<(u32, usize, File)>,
+    /// The thread whose processor it has.
+    with: Option<u32>,
     age: u32,
 }
 
@@ -29,7 +29,7 @@ impl Processor {
             Way::Free => self.free(),
             Way::With(thread) => {
                 self.age += 1;
-                if self.with.as_ref().is_none_or(|(other, ..)| *other != thread) || self.age >= LOOK {
+                if self.with != Some(thread) || self.age >= LOOK {
                     self.age = 0;
                     if self.follow(pid, thread).is_err() {
                         self.free();
@@ -53,11 +53,7 @@ impl Processor {
     }
 
     fn follow(&mut self, pid: u32, thread: u32) -> io::Result<()> {
-        let file = match self.with.take() {
-            Some((other, _, file)) if other == thread => file,
-            _ => File::open(format!("/proc/{pid}/task/{thread}/stat"))?,
-        };
-        let place = processor_of(&file)?;
+        let place = processor_of(&File::open(format!("/proc/{pid}/task/{thread}/stat"))?)?;
         let me = Pid::from_raw(0);
         if self.before.is_none() {
             self.before = Some(sched_getaffinity(me)?);
@@ -70,7 +66,7 @@ impl Processor {
         let mut set = CpuSet::new();
         set.set(place)?;
         sched_setaffinity(me, &set)?;
-        self.with = Some((thread, place, file));
+        self.with = Some(thread);
         Ok(())
     }
 }
