@@ -132,7 +132,7 @@ fn numbers_that_mean_nothing_are_none() {
     for number in [0, 5, u32::MAX] {
         assert_eq!(BatchKind::from_number(number), None);
     }
-    for number in [0, 8, u32::MAX] {
+    for number in [0, 9, u32::MAX] {
         assert_eq!(PageResult::from_number(number), None);
     }
     for number in 1..=7 {

@@ -130,7 +130,8 @@ fn fork_beyond_the_limit_of_clients_is_refused_and_those_before_work_on() {
     worker.ask("fill a 1");
     for round in 0..3 {
         for n in 0..4 {
-            worker.ask(&format!("fork c{n}"));
+            // A child that has ended counts until the daemon has seen it off.
+            wait_until("there is room for a child", || worker.try_ask(&format!("fork c{n}")).is_ok());
         }
         assert_eq!(worker.refused("fork more").kind, "Limit");
         for n in 0..4 {
