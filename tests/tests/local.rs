@@ -2,7 +2,9 @@
 
 #![allow(clippy::unwrap_used, reason = "a failure here is a failed test")]
 
+// A private daemon has no more RAM to grant than its first budget: `budgets` is for Windows.
 #[path = "../../client/tests/shared/mod.rs"]
+#[allow(dead_code)]
 mod shared;
 
 use std::sync::Once;
@@ -56,10 +58,9 @@ fn local_regions_share_a_budget_and_come_and_go() {
 }
 
 #[test]
-fn local_sparse_region_and_budgets() {
+fn local_sparse_region_is_usable_where_committed() {
     let Some(pager) = pager() else { return };
     shared::sparse(&pager);
-    shared::budgets(&pager);
 }
 
 #[test]
