@@ -40,7 +40,7 @@ test: setup
 	@if cargo nextest --version >/dev/null 2>&1; then set -x; cargo nextest run --workspace --all-targets; \
 	else set -x; cargo test --workspace --all-targets; fi
 	cargo test --workspace --doc
-	tests/lesser
+	tests/lesser no-direct-io
 
 fuzz: setup
 	FMALLOC_FUZZ_MESSAGES=$(MESSAGES) cargo test -p fmalloc-proto --test fuzz -- --nocapture

@@ -981,6 +981,7 @@ impl FaultThread {
                 }
                 self.swap.unclaim(claimed);
                 self.files.remove(region);
+                self.publish();
                 drop(answer.send(Ok(())));
             } else {
                 self.rows.closing.push((region, answer));

@@ -209,7 +209,7 @@ fn no_messages_bring_the_daemon_down() {
         begin.elapsed().as_secs_f64(),
         grown >> 10
     );
-    assert!(sum(|fuzzer| fuzzer.answers) > messages / 100, "next to nothing was answered");
+    assert!(sum(|fuzzer| fuzzer.answers) > messages / 1000, "next to nothing was answered");
     daemon.assert_alive();
     wait_until("all is given back", || {
         let status = status(&daemon);
