@@ -4,7 +4,6 @@
 
 // A private daemon has no more RAM to grant than its first budget: `budgets` is for Windows.
 #[path = "../../client/tests/shared/mod.rs"]
-#[allow(dead_code)]
 mod shared;
 
 use std::sync::Once;
