@@ -210,12 +210,11 @@ fn no_messages_bring_the_daemon_down() {
         begin.elapsed().as_secs_f64(),
         grown >> 10
     );
-    assert!(sum(|fuzzer| fuzzer.answers) > messages / 1000, "next to nothing was answered");
+    assert!(sum(|fuzzer| fuzzer.answers) > messages / 100, "next to nothing was answered");
     daemon.assert_alive();
     wait_until("all is given back", || {
         let status = status(&daemon);
-        // Groups stay for as long as the process that asked for them, which is this one.
-        (status.clients, status.regions, status.swap_claimed_bytes) == (0, 0, 0)
+        (status.clients, status.regions, status.pool_granted_bytes, status.swap_claimed_bytes) == (0, 0, 0, 0)
     });
     wait_until("all descriptors are given back", || daemon.fds() == fds);
     assert!(!daemon.place.log().contains("panicked"), "{}", daemon.place.log());
