@@ -37,8 +37,8 @@ realworld: build
 test: setup
 	@[ -w /dev/userfaultfd ] || echo "test: no access to /dev/userfaultfd: tests that need it say so and are skipped (with CI=true they fail)"
 	cargo build --workspace --lib --bins --examples
-	@if cargo nextest --version >/dev/null 2>&1; then set -x; cargo nextest run --workspace --all-targets; \
-	else set -x; cargo test --workspace --all-targets; fi
+	@if cargo nextest --version >/dev/null 2>&1; then set -x; cargo nextest run --workspace --all-targets --no-fail-fast; \
+	else set -x; cargo test --workspace --all-targets --no-fail-fast; fi
 	cargo test --workspace --doc
 	tests/lesser no-direct-io
 
