@@ -44,7 +44,7 @@ test: setup
 
 fuzz: setup
 	FMALLOC_FUZZ_MESSAGES=$(MESSAGES) cargo test -p fmalloc-proto --test fuzz -- --nocapture
-	FMALLOC_FUZZ_MESSAGES=$(MESSAGES) cargo test -p fmallocd --test control fuzz -- --nocapture --include-ignored
+	FMALLOC_FUZZ_MESSAGES=$(MESSAGES) cargo test -p fmallocd --test control fuzz -- --nocapture
 
 soak: setup
 	cargo build --workspace --bins

@@ -15,12 +15,15 @@ use tokio::io::unix::AsyncFd;
 use tokio::sync::Mutex;
 use tokio::task::spawn_local;
 
-use super::Daemon;
 use super::auth::{self, Peer};
 use super::clients::{Client, answer};
 use super::connection::{Connection, failure, watch};
 use super::pool::{Grant, PoolFull};
+use super::{Daemon, Limits};
 use crate::fault::{Command, Group};
+
+/// Groups that one process may make: more than one are of a `fmallocctl run` that another one has run.
+const GROUPS_OF_PROCESS: usize = 8;
 
 /// Families that somebody can join.
 #[derive(Debug, Default)]
@@ -36,8 +39,8 @@ pub(crate) struct Family {
     members: RefCell<Vec<Weak<Client>>>,
     /// By which others join, if they can.
     token: Option<Token>,
-    /// Whoever made it to be joined still lives.
-    held: Cell<bool>,
+    /// Whoever made it to be joined, while that lives.
+    maker: RefCell<Option<Peer>>,
     /// Held while the budget changes, so that the books and the fault threads never disagree on the order.
     change: Mutex<()>,
 }
@@ -48,14 +51,15 @@ impl Family {
         Self::with(grant, None)
     }
 
-    fn with(grant: Grant, token: Option<Token>) -> Rc<Self> {
+    fn with(grant: Grant, made: Option<(Token, Peer)>) -> Rc<Self> {
+        let (token, maker) = made.unzip();
         Rc::new(Self {
             number: Cell::new(0),
             shared: Group::new(grant.bytes()),
             grant,
             members: RefCell::new(Vec::new()),
-            held: Cell::new(token.is_some()),
             token,
+            maker: RefCell::new(maker),
             change: Mutex::new(()),
         })
     }
@@ -87,7 +91,7 @@ impl Family {
     }
 
     fn end_if_empty(&self, daemon: &Daemon) {
-        if self.members.borrow().is_empty() && !self.held.get() {
+        if self.members.borrow().is_empty() && self.maker.borrow().is_none() {
             self.grant.end();
             if let Some(token) = &self.token {
                 daemon.families.0.borrow_mut().remove(token);
@@ -186,6 +190,24 @@ impl Families {
         self.find(token).map(|family| family.stats())
     }
 
+    /// A grant without a client is bounded as clients are, and one process needs few.
+    fn admit(&self, peer: &Peer, limits: Limits) -> Result<(), Failure> {
+        let families = self.0.borrow();
+        let refuse = |text| Err(failure(ErrorCode::Limit, text));
+        if families.len() >= limits.clients {
+            return refuse("there are as many groups as there may be clients (max_clients)");
+        }
+        let makers = || families.values().filter_map(|family| family.maker.borrow().clone());
+        if makers().filter(|maker| maker.uid == peer.uid).count() >= limits.clients_per_uid {
+            return refuse("there are as many groups of yours as you may have clients (max_clients_per_uid)");
+        }
+        // Of one that this daemon does not see, it knows no number.
+        if peer.pid != 0 && makers().filter(|maker| maker.pid == peer.pid).count() >= GROUPS_OF_PROCESS {
+            return refuse("this process has made groups enough already, which live as long as it does");
+        }
+        Ok(())
+    }
+
     /// Makes a family that others can join, for as long as the peer's process lives or there are members.
     pub(crate) fn make(
         daemon: &Rc<Daemon>,
@@ -197,16 +219,14 @@ impl Families {
             failure(ErrorCode::System, format!("the daemon cannot make a group: {error}"))
         };
         let families = &daemon.families;
-        if families.0.borrow().len() >= daemon.config().limits.clients {
-            return Err(failure(ErrorCode::Limit, "there are as many groups as there may be clients"));
-        }
+        families.admit(peer, daemon.config().limits)?;
         super::session::check_budget(bytes, daemon.config().max_budget)?;
         let exit = auth::pidfd(connection.as_fd(), peer, daemon.config().features.peer_pidfd)
             .map_err(|error| system(error.into()))?;
         let exit = watch(exit).map_err(system)?;
         let token = new_token().map_err(system)?;
         let grant = daemon.pool.grant(bytes).map_err(|error| failure(ErrorCode::PoolFull, error))?;
-        let family = Family::with(grant, Some(token));
+        let family = Family::with(grant, Some((token, peer.clone())));
         families.0.borrow_mut().insert(token, Rc::clone(&family));
         spawn_local(hold(Rc::clone(daemon), family, exit));
         Ok(token)
@@ -216,7 +236,7 @@ impl Families {
 /// Holds a family until the process that made it has ended.
 async fn hold(daemon: Rc<Daemon>, family: Rc<Family>, exit: AsyncFd<OwnedFd>) {
     let _ = exit.readable().await;
-    family.held.set(false);
+    family.maker.replace(None);
     family.end_if_empty(&daemon);
 }
 

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use fmalloc_proto::hello::Role;
 use fmalloc_proto::limits::MIN_BUDGET;
-use fmalloc_proto::messages::{ClientRow, Empty, ErrorCode, Page, Reply, Request};
+use fmalloc_proto::messages::{Budget, ClientRow, Empty, ErrorCode, Page, Reply, Request};
 use fmalloc_proto::ring::{Layout, Ring};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
@@ -56,6 +56,22 @@ fn clients_beyond_the_limits_are_refused() {
     drop(second);
     wait_until("the second has left", || rows(&daemon).len() == 1);
     daemon.connect(Role::Pager).open(MIN_BUDGET).unwrap();
+}
+
+#[test]
+fn groups_of_one_process_or_user_are_bounded() {
+    let most = |args: &[&str]| {
+        let daemon = Daemon::start(args);
+        let make = || daemon.connect(Role::Control).ask(&Request::NewGroup(Budget { bytes: MIN_BUDGET }));
+        let made = (0..20).take_while(|_| matches!(make(), Reply::Group(_))).count();
+        let Reply::Error(failure) = make() else { panic!("20 groups and more") };
+        assert_eq!(failure.code, ErrorCode::Limit);
+        (made, failure.text)
+    };
+    let (made, text) = most(&[]);
+    assert!(made == 8 && text.contains("this process"), "{made}: {text}");
+    let (made, text) = most(&["--max-clients-per-uid", "2"]);
+    assert!(made == 2 && text.contains("max_clients_per_uid"), "{made}: {text}");
 }
 
 #[test]
