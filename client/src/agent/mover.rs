@@ -73,6 +73,10 @@ impl Mover {
         let (mut done, mut step, mut any) = (0, pages, false);
         while done < pages {
             let index = first + done;
+            if ring.is_stopped(batch) {
+                (index..first + pages).for_each(|index| ring.set_result(batch, index, PageResult::Failed));
+                break;
+            }
             let addr = ring.addr(batch, index);
             step = step.clamp(1, pages - done);
             match self.take_ours(sight, batch, index, addr, step) {

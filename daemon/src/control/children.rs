@@ -36,8 +36,7 @@ use super::handover::{self, Handover};
 use super::session::{End, Pending, finish, now, requests};
 use super::{Daemon, HANDSHAKE};
 use crate::fault::handle::ChildSetup;
-use crate::fault::thread::ring_layout;
-use crate::fault::{self, Birth, Command};
+use crate::fault::{self, Birth, Command, ring_layout};
 
 /// How long a child that has connected may have to wait for its birth.
 const LABOUR: Duration = Duration::from_secs(20);

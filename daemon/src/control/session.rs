@@ -32,7 +32,7 @@ use super::handover::{self, Handover};
 use super::{Daemon, HANDSHAKE, MAX_OUTSTANDING, cgroup};
 use crate::fault::backing::{Backing, file_failure};
 use crate::fault::handle::Answer;
-use crate::fault::{self, Command, Setup, thread::ring_layout};
+use crate::fault::{self, Command, Setup, ring_layout};
 use crate::pager::Sizes;
 
 /// Between Open and Attach a client only makes a userfaultfd, on a machine that may be busy; meanwhile it holds a

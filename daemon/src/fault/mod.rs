@@ -1,6 +1,7 @@
 //! The fault threads: one per client process, each with its own reactor, so that no client can delay another.
 
 pub mod backing;
+mod commands;
 mod files;
 pub mod forks;
 pub mod group;
@@ -13,12 +14,13 @@ pub mod processor;
 pub mod reactor;
 pub mod remaps;
 pub mod requests;
+mod start;
 pub mod stats;
-pub mod thread;
+mod thread;
 mod trouble;
 pub mod uffd;
 
 pub use forks::Birth;
 pub use group::Group;
 pub use handle::{Command, Features, Handle, Setup};
-pub use thread::{spawn, spawn_child};
+pub use start::{ring_layout, spawn, spawn_child};

@@ -4,37 +4,31 @@
 //! logs nor allocates for a fault, and takes no lock.
 
 use std::collections::VecDeque;
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::mpsc::Receiver;
 use std::time::{Duration, Instant};
 
 use fmalloc_proto::PAGE;
-use fmalloc_proto::groups::Token;
-use fmalloc_proto::limits::{MAX_ROWS, MIN_BUDGET};
-use fmalloc_proto::messages::{ErrorCode, Failure, RegionRange, Register};
-use fmalloc_proto::ring::Layout;
-use fmalloc_proto::size::Size;
-use nix::errno::Errno;
+use fmalloc_proto::messages::Register;
 use nix::sys::eventfd::EventFd;
 
 use super::files::{Files, NewFile};
-use super::forks::{self, Announced, Birth, Forks};
-use super::group::{Group, LEAST_FRAMES, Membership, Needs};
-use super::handle::{Answer, ChildSetup, Command, Features, Handle, Setup};
+use super::forks::Forks;
+use super::group::{Membership, Needs};
+use super::handle::{Answer, Command};
 use super::latency::{Sampler, Step};
 use super::memory::{Memory, ZERO_PAGES};
 use super::pack::unpack;
 use super::placement::{IDLE, Placement, SPIN};
 use super::processor::Processor;
-use super::reactor::{Completion, Io, Psync, Reactor, Ready, Uring, Watched};
+use super::reactor::{Completion, Io, Reactor, Ready};
 use super::remaps::Remaps;
 use super::requests::AgentRing;
 use super::stats::{Condition, SharedStats};
 use super::trouble::Trouble;
 use super::uffd::{BATCH, ClientUffd, Message};
-use crate::arena::Arena;
-use crate::pager::{Action, Packed, Pager, RegisterError, Sizes, Source, Stop, Transfer};
+use crate::pager::{Action, Packed, Pager, Source, Stop, Transfer};
 use crate::swap::{ClientSlots, Swap};
 
 /// How long to wait before mapping is tried again after the kernel said EAGAIN and no message explains it: the thread
@@ -44,271 +38,76 @@ const RETRY: Duration = Duration::from_micros(200);
 const MEMORY_RETRY: Duration = Duration::from_millis(5);
 /// An agent that takes longer is called silent.
 const SILENT: Duration = Duration::from_secs(2);
-/// How long a change of budget may take before it is answered anyway.
-const BUDGET_PATIENCE: Duration = Duration::from_secs(5);
 /// How often the thread looks around when nothing happens but something is wrong.
 const LOOK_AROUND: Duration = Duration::from_millis(100);
 /// How long a forked child with an agent keeps all that it inherited: most of them run another program by then.
 const CREDIT: Duration = Duration::from_millis(20);
 
-/// The ring that suits a budget: a sixteenth of it, within 32 and 256 pages, in four batches.
-#[must_use]
-pub fn ring_layout(budget: u64) -> Layout {
-    let pages = (budget.max(MIN_BUDGET) / PAGE / 16).clamp(32, 256);
-    let batch = u32::try_from(pages / 4).unwrap_or(8);
-    Layout::new(4, batch).unwrap_or_else(|| unreachable!("within the limits of a ring"))
-}
-
-/// Starts the thread of one client: API handshake on its userfaultfd, then the loop.
-///
-/// # Errors
-/// What the handshake or the system refused; nothing is left behind.
-pub fn spawn(setup: Setup) -> anyhow::Result<Handle> {
-    use anyhow::Context;
-    let write_protect = setup.staging.is_some();
-    if setup.inherit && write_protect {
-        anyhow::bail!("forked children can have paged memory from Linux 6.8 on only");
-    }
-    let uffd = ClientUffd::handshake(setup.uffd, setup.features.poison, write_protect, setup.inherit)
-        .map_err(|errno| match errno {
-            Errno::EPERM if setup.inherit => anyhow::anyhow!(
-                "for forked children to have paged memory fmallocd needs CAP_SYS_PTRACE: run it as root"
-            ),
-            _ => anyhow::Error::from(errno)
-                .context("the userfaultfd was refused: the API handshake failed or was done before"),
-        })?;
-    let agent = AgentRing::new(&setup.ring, setup.layout, setup.agent_doorbell, setup.daemon_doorbell)
-        .context("mapping the ring")?;
-    // Another's budget: a member that comes later begins with the least.
-    let budget = if setup.joins { 0 } else { setup.group.budget() };
-    let sizes = Sizes::for_budget(budget, setup.layout);
-    let memory = Memory::new(usize::from(sizes.read_buffers) + usize::from(sizes.write_buffers))
-        .context("memory for I/O buffers")?;
-    let arena = Arena::new().context("the arena for page tables")?;
-    let slots = ClientSlots::new(Arc::clone(&setup.swap), setup.client);
-    let parts = Parts {
-        client: setup.client,
-        pid: setup.pid,
-        agent_tid: setup.agent_tid,
-        inherits: setup.inherit,
-        pager: Pager::new(slots, arena, sizes),
-        uffd,
-        agent,
-        memory,
-        swap: setup.swap,
-        remaps: setup.staging.map(Remaps::new),
-        files: Files::new(setup.writers),
-        group: setup.group,
-        forks: Forks::new(setup.births),
-        credit: None,
-    };
-    parts.start(setup.features)
-}
-
-/// Starts the thread of a forked child, whose agent comes later.
-///
-/// # Errors
-/// What the system refused. The caller has a descriptor of the child's userfaultfd, which must outlive the child.
-pub fn spawn_child(setup: ChildSetup) -> anyhow::Result<Handle> {
-    use anyhow::Context;
-    let Birth { mut pager, memory, uffd, layout, .. } = setup.birth;
-    let agent = AgentRing::new(&setup.ring, layout, setup.agent_doorbell, setup.daemon_doorbell)
-        .context("mapping the ring")?;
-    // No eviction before it is clear that the child goes on with this memory.
-    pager.set_budget(pager.overhead() + (pager.stats().resident_pages * 2 + LEAST_FRAMES) * PAGE);
-    let parts = Parts {
-        client: setup.client,
-        pid: 0,
-        agent_tid: 0,
-        inherits: true,
-        pager: *pager,
-        uffd,
-        agent,
-        memory,
-        swap: setup.swap,
-        remaps: None,
-        files: Files::new(setup.writers),
-        group: setup.group,
-        forks: Forks::new(setup.births),
-        credit: Some(Instant::now()),
-    };
-    parts.start(setup.features)
-}
-
-/// What a fault thread begins with.
-struct Parts {
-    client: u64,
-    pid: u32,
-    agent_tid: u32,
-    inherits: bool,
-    pager: Pager<ClientSlots>,
-    uffd: ClientUffd,
-    agent: AgentRing,
-    memory: Memory,
-    swap: Arc<Swap>,
-    remaps: Option<Remaps>,
-    files: Files,
-    group: Arc<Group>,
-    forks: Forks,
-    credit: Option<Instant>,
-}
-
-impl Parts {
-    fn start(self, features: Features) -> anyhow::Result<Handle> {
-        use anyhow::Context;
-        let stats = Arc::new(SharedStats::default());
-        let write_protect = self.remaps.is_some();
-        let (mut handle, commands, wake) = Handle::new(Arc::clone(&stats), self.uffd.poison, write_protect)?;
-        stats.publish(&self.pager.stats());
-        let name = format!("fault-{}", self.client);
-        // At once, so that the group's room is known to whoever comes next.
-        let membership = self.group.join(&wake, self.pager.least_overhead());
-        let run = move || self.run(features, commands, wake, stats, membership);
-        let thread =
-            std::thread::Builder::new().name(name).spawn(run).context("starting the fault thread")?;
-        handle.thread = Some(thread);
-        Ok(handle)
-    }
-
-    /// The life of the thread.
-    fn run(
-        self,
-        features: Features,
-        commands: Receiver<Command>,
-        wake: Arc<EventFd>,
-        stats: Arc<SharedStats>,
-        membership: Membership,
-    ) {
-        // The ring of io_uring must be made by the thread that uses it.
-        let watched = Watched {
-            uffd: self.uffd.raw(),
-            agent: self.agent.doorbell(),
-            commands: wake.as_fd().as_raw_fd(),
-        };
-        let file = self.swap.file.fd().as_raw_fd();
-        let uring = if features.io_uring {
-            Uring::new(watched, file)
-        } else {
-            Err(std::io::ErrorKind::Unsupported.into())
-        };
-        let reactor: Box<dyn Reactor> = match uring {
-            Ok(uring) => Box::new(uring),
-            Err(error) => {
-                if features.io_uring {
-                    tracing::warn!(client = self.client, %error, "no io_uring: swap I/O is done one by one");
-                }
-                Box::new(Psync::new(watched, file))
-            }
-        };
-        let reactor = match &self.swap.interposer {
-            Some(interposer) => interposer.interpose(self.client, reactor),
-            None => reactor,
-        };
-        let thread = FaultThread {
-            client: self.client,
-            pid: self.pid,
-            agent_tid: self.agent_tid,
-            inherits: self.inherits,
-            pager: self.pager,
-            uffd: self.uffd,
-            agent: self.agent,
-            reactor,
-            memory: self.memory,
-            swap: self.swap,
-            files: self.files,
-            commands,
-            wake,
-            stats,
-            remaps: self.remaps,
-            forks: self.forks,
-            membership,
-            credit: self.credit,
-            due: true,
-            started: Instant::now(),
-            messages: Vec::with_capacity(BATCH),
-            done: Vec::with_capacity(256),
-            rows: Rows::default(),
-            unread: false,
-            agent_waits: false,
-            agent_gone: false,
-            stopping: false,
-            retry_after: None,
-            next_token: 0,
-            sampler: Sampler::default(),
-            placement: Placement::default(),
-            processor: Processor::default(),
-            woken: Instant::now(),
-            trouble: Trouble::default(),
-        };
-        thread.run();
-    }
-}
-
 /// Requests that cannot be answered at once.
 #[derive(Default)]
-struct Rows {
-    registering: VecDeque<Registering>,
-    closing: Vec<(u16, Answer<()>)>,
-    budgets: Vec<(Instant, Answer<()>)>,
-    drains: Vec<(u64, Answer<u64>)>,
+pub(super) struct Rows {
+    pub(super) registering: VecDeque<Registering>,
+    pub(super) closing: Vec<(u16, Answer<()>)>,
+    pub(super) budgets: Vec<(Instant, Answer<()>)>,
+    pub(super) drains: Vec<(u64, Answer<u64>)>,
     /// With the number of children, which are handed over first.
-    forks: Vec<(u64, Answer<u64>)>,
+    pub(super) forks: Vec<(u64, Answer<u64>)>,
 }
 
 /// A range to be paged as soon as all older events have been read: one of them may tell of an unmapping at the same
 /// address, without which the range would seem to overlap another.
-struct Registering {
-    region: Register,
-    file: Option<NewFile>,
-    answer: Answer<u32>,
+pub(super) struct Registering {
+    pub(super) region: Register,
+    pub(super) file: Option<NewFile>,
+    pub(super) answer: Answer<u32>,
 }
 
 pub(super) struct FaultThread {
     pub(super) client: u64,
     pub(super) pid: u32,
-    agent_tid: u32,
+    pub(super) agent_tid: u32,
     /// Forked children have the regions too.
-    inherits: bool,
-    forks: Forks,
-    membership: Membership,
+    pub(super) inherits: bool,
+    pub(super) forks: Forks,
+    pub(super) membership: Membership,
     /// Of a forked child that keeps what it inherited for now: since when, or since when it has an agent.
-    credit: Option<Instant>,
+    pub(super) credit: Option<Instant>,
     /// The group may have something to say.
-    due: bool,
+    pub(super) due: bool,
     pub(super) pager: Pager<ClientSlots>,
-    uffd: ClientUffd,
-    agent: AgentRing,
+    pub(super) uffd: ClientUffd,
+    pub(super) agent: AgentRing,
     pub(super) reactor: Box<dyn Reactor>,
     pub(super) memory: Memory,
     pub(super) swap: Arc<Swap>,
     pub(super) files: Files,
-    commands: Receiver<Command>,
-    wake: Arc<EventFd>,
-    stats: Arc<SharedStats>,
+    pub(super) commands: Receiver<Command>,
+    pub(super) wake: Arc<EventFd>,
+    pub(super) stats: Arc<SharedStats>,
     /// Of an agent that evicts by write-protection.
-    remaps: Option<Remaps>,
-    started: Instant,
-    messages: Vec<Message>,
-    done: Vec<Completion>,
-    rows: Rows,
+    pub(super) remaps: Option<Remaps>,
+    pub(super) started: Instant,
+    pub(super) messages: Vec<Message>,
+    pub(super) done: Vec<Completion>,
+    pub(super) rows: Rows,
     /// The userfaultfd may have messages that were not read yet.
-    unread: bool,
+    pub(super) unread: bool,
     /// The agent itself waits for a fault: events are read although pages are on their way out.
-    agent_waits: bool,
-    agent_gone: bool,
-    stopping: bool,
-    retry_after: Option<Duration>,
+    pub(super) agent_waits: bool,
+    pub(super) agent_gone: bool,
+    pub(super) stopping: bool,
+    pub(super) retry_after: Option<Duration>,
     pub(super) next_token: u64,
-    trouble: Trouble,
-    sampler: Sampler,
-    placement: Placement,
-    processor: Processor,
+    pub(super) trouble: Trouble,
+    pub(super) sampler: Sampler,
+    pub(super) placement: Placement,
+    pub(super) processor: Processor,
     /// When messages were last waited for.
-    woken: Instant,
+    pub(super) woken: Instant,
 }
 
 impl FaultThread {
-    fn run(mut self) {
+    pub(super) fn run(mut self) {
         if let Err(error) = self.serve() {
             tracing::error!(client = self.client, pid = self.pid, %error, "fault thread failed; its client waits for ever");
         }
@@ -410,7 +209,7 @@ impl FaultThread {
     }
 
     /// Keeps to the client's share of its group's budget.
-    fn balance(&mut self) {
+    pub(super) fn balance(&mut self) {
         let stats = self.pager.stats();
         let held = stats.resident_pages * PAGE + stats.overhead_bytes;
         self.membership.count(stats.resident_pages, held);
@@ -462,12 +261,10 @@ impl FaultThread {
             let mut most = BATCH;
             let remaps = self.remaps.is_some();
             if (self.pager.evicting() > 0 && !self.agent_waits && !remaps) || self.forks.is_full() {
-                most = self.uffd.pending_faults();
-                if most == 0 && !self.uffd.is_readable() {
+                if !self.uffd.is_readable() {
                     break;
                 }
-                // A fault may have come between the two looks.
-                most = most.max(self.uffd.pending_faults());
+                most = self.uffd.pending_faults();
                 if most == 0 {
                     // Readable without a fault: an event waits, and is read when the last batch is back.
                     self.pager.hold_evictions(true);
@@ -481,14 +278,21 @@ impl FaultThread {
             }
             let timed = self.sampler.start();
             self.uffd.read(&mut messages, most);
-            let drained = messages.is_empty();
-            if !drained {
+            let nothing = messages.is_empty();
+            // Fewer than asked for were all. Behind an event more may come.
+            let only_faults = messages.iter().all(|message| matches!(message, Message::Fault { .. }));
+            let drained = nothing || messages.len() < most && only_faults;
+            if !only_faults && self.pager.evicting() > 0 {
+                // A signal has ended a fault that was counted, and an event was read in its place.
+                self.agent.stop();
+            }
+            if !nothing {
                 self.sampler.end(&self.stats.latency, Step::Message, timed.map(|_| self.woken));
             }
             for message in messages.drain(..) {
                 self.message(message);
             }
-            if drained && self.uffd.lacks_descriptors() {
+            if nothing && self.uffd.lacks_descriptors() {
                 // A child's userfaultfd cannot be had for now.
                 self.messages = messages;
                 self.unread = true;
@@ -761,7 +565,7 @@ impl FaultThread {
         self.agent.collect(&mut self.pager, &self.memory, &self.swap.key, self.remaps.as_ref());
     }
 
-    fn publish(&mut self) {
+    pub(super) fn publish(&mut self) {
         let unclaimed = self.pager.take_unclaimed();
         if unclaimed > 0 {
             self.swap.unclaim(unclaimed);
@@ -785,225 +589,6 @@ impl FaultThread {
             Condition::Fine
         };
         self.stats.set_condition(condition);
-    }
-
-    fn command(&mut self, command: Command) {
-        match command {
-            Command::Register { addr, len, commit, label, answer } => {
-                self.start_register(Register { addr, len, commit, label }, None, answer);
-            }
-            Command::RegisterFile { region, mode, file, answer } => {
-                match self.files.admit(*file, mode, region.len) {
-                    Ok(file) => self.start_register(region, Some(file), answer),
-                    Err(failure) => drop(answer.send(Err(failure))),
-                }
-            }
-            Command::RegisterLike { region, of, answer } => {
-                match self.open(of).and_then(|of| self.files.admit_like(of, region.len)) {
-                    Ok(file) => self.start_register(region, Some(file), answer),
-                    Err(failure) => drop(answer.send(Err(failure))),
-                }
-            }
-            Command::Flush { range, answer } => self.flush(&range, answer),
-            Command::MakeWritable { region, answer } => {
-                let result = self.open(region).and_then(|region| self.make_writable(region));
-                drop(answer.send(result));
-            }
-            Command::Changed { range, answer } => self.find_changed(&range, answer),
-            Command::Prefetch { range, answer } => self.prefetch(&range, answer),
-            Command::Commit { range, answer } => drop(answer.send(self.commit(&range))),
-            Command::Decommit { range, answer } => {
-                let result = self.part(&range).map(|(region, pages)| {
-                    let unclaimed = self.pager.decommit(region, pages);
-                    self.swap.unclaim(unclaimed);
-                });
-                drop(answer.send(result));
-            }
-            Command::Unregister { region, answer } => match self.open(region) {
-                Ok(region) => {
-                    self.pager.close(region);
-                    self.rows.closing.push((region, answer));
-                }
-                Err(failure) => drop(answer.send(Err(failure))),
-            },
-            Command::Advise { range, advice, answer } => {
-                let result =
-                    self.part(&range).map(|(region, pages)| self.pager.advise(region, pages, advice));
-                drop(answer.send(result));
-            }
-            Command::SetBudget { answer } => {
-                self.balance();
-                self.rows.budgets.push((Instant::now(), answer));
-            }
-            Command::Evict { region, pages, answer } => {
-                let range = match region.map(|region| self.open(region)).transpose() {
-                    Ok(region) => region.and_then(|r| Some((r, 0..self.pager.open_region(r)?.pages))),
-                    Err(failure) => return drop(answer.send(Err(failure))),
-                };
-                self.next_token += 1;
-                self.pager.drain(self.next_token, range, pages);
-                self.rows.drains.push((self.next_token, answer));
-            }
-            Command::Regions { from, answer } => {
-                drop(answer.send(Ok(self.pager.region_rows(self.client, from, MAX_ROWS))));
-            }
-            Command::PrepareFork { token, child, layout, answer } => {
-                drop(answer.send(self.prepare_fork(token, child, layout)));
-            }
-            Command::EndFork { answer } => {
-                let (children, unused) = self.forks.conclude();
-                self.swap.unclaim(unused);
-                self.rows.forks.push((children, answer));
-            }
-            Command::AgentReady { agent_tid, pid } => {
-                (self.agent_tid, self.pid) = (agent_tid, pid);
-                self.pager.set_agent();
-                self.credit = self.credit.map(|_| Instant::now());
-            }
-            Command::AgentGone => self.agent_gone = true,
-            Command::Stop => self.stopping = true,
-        }
-    }
-
-    fn prepare_fork(&mut self, token: Token, child: u64, layout: Layout) -> Result<(), Failure> {
-        if !self.inherits {
-            let text = "this client did not ask for forked children to have its memory".to_owned();
-            return Err(Failure { code: ErrorCode::Invalid, text });
-        }
-        if self.forks.is_announced() {
-            let text = "one fork at a time: end the one that was prepared before".to_owned();
-            return Err(Failure { code: ErrorCode::Invalid, text });
-        }
-        let sizes = forks::child_sizes(layout);
-        let overhead = sizes.overhead() + self.pager.table_bytes();
-        if !self.membership.group().has_room(overhead) {
-            let text = format!(
-                "the budget of {} is too small for another process: {} would be taken by its page tables and buffers",
-                Size(self.membership.group().budget()),
-                Size(overhead)
-            );
-            return Err(Failure { code: ErrorCode::Limit, text });
-        }
-        let claimed = self.pager.claimed_by_fork();
-        self.claim(claimed)?;
-        self.forks.announce(Announced { token, child, layout, claimed });
-        Ok(())
-    }
-
-    fn start_register(&mut self, region: Register, file: Option<NewFile>, answer: Answer<u32>) {
-        self.rows.registering.push_back(Registering { region, file, answer });
-        self.unread = true;
-    }
-
-    /// Registers what waits for that. No older event can be about its addresses any more.
-    fn finish_registering(&mut self) {
-        for Registering { region, file, answer } in std::mem::take(&mut self.rows.registering) {
-            let result = self.register(region);
-            if let (Ok(number), Some(file)) = (&result, file) {
-                self.pager.set_file(*number, file.mode);
-                self.files.insert(*number, file);
-            }
-            drop(answer.send(result.map(u32::from)));
-        }
-    }
-
-    fn register(&mut self, region: Register) -> Result<u16, Failure> {
-        let Register { addr, len, commit, label } = region;
-        let overlap = || Failure {
-            code: ErrorCode::Invalid,
-            text: "the range overlaps a region that is registered already".to_owned(),
-        };
-        if self.pager.regions().overlaps(addr, len) {
-            return Err(overlap());
-        }
-        let claimed = if commit { len / PAGE } else { 0 };
-        if commit {
-            self.claim(claimed)?;
-        }
-        let registered = self.uffd.register(addr, len).map_err(|error| {
-            let text = format!("registering {addr:#x}+{len:#x} with userfaultfd failed: {error}; the range must be private anonymous memory of this process");
-            Failure { code: ErrorCode::Invalid, text }
-        });
-        let counted = registered.and_then(|()| {
-            self.pager.register(addr, len, commit, label).map_err(|error| {
-                self.uffd.unregister(addr, len);
-                match error {
-                    RegisterError::Overlap => overlap(),
-                    RegisterError::Full => Failure {
-                        code: ErrorCode::Limit,
-                        text: "no room for the page tables of another region".to_owned(),
-                    },
-                }
-            })
-        });
-        counted.inspect_err(|_| self.swap.unclaim(claimed))
-    }
-
-    fn claim(&self, pages: u64) -> Result<(), Failure> {
-        self.swap.claim(pages).map_err(|error| Failure { code: ErrorCode::SwapFull, text: error.to_string() })
-    }
-
-    fn commit(&mut self, range: &RegionRange) -> Result<(), Failure> {
-        let (region, pages) = self.part(range)?;
-        let missing = self.pager.uncommitted(region, &pages).unwrap_or(0);
-        self.claim(missing)?;
-        self.pager.commit(region, pages);
-        Ok(())
-    }
-
-    /// The region with this number, if it is there.
-    pub(super) fn open(&self, region: u32) -> Result<u16, Failure> {
-        let number = u16::try_from(region).ok();
-        number.filter(|number| self.pager.open_region(*number).is_some()).ok_or_else(|| Failure {
-            code: ErrorCode::NotFound,
-            text: format!("client {} has no region {region}", self.client),
-        })
-    }
-
-    /// The pages of a part of a region, if the region has them.
-    pub(super) fn part(&self, range: &RegionRange) -> Result<(u16, std::ops::Range<u64>), Failure> {
-        let region = self.open(range.region)?;
-        let pages = range.offset / PAGE..(range.offset + range.len) / PAGE;
-        let inside = self.pager.open_region(region).is_some_and(|region| pages.end <= region.pages);
-        inside.then_some((region, pages)).ok_or_else(|| Failure {
-            code: ErrorCode::Invalid,
-            text: format!("region {} is shorter than offset {} + {}", range.region, range.offset, range.len),
-        })
-    }
-
-    /// Answers what had to wait.
-    fn answer(&mut self) {
-        for (region, answer) in std::mem::take(&mut self.rows.closing) {
-            if self.pager.is_closed(region) {
-                let (segments, claimed) = self.pager.unregister(region);
-                for segment in segments {
-                    self.uffd.unregister(segment.addr, segment.pages * PAGE);
-                }
-                self.swap.unclaim(claimed);
-                self.files.remove(region);
-                self.publish();
-                drop(answer.send(Ok(())));
-            } else {
-                self.rows.closing.push((region, answer));
-            }
-        }
-        if self.pager.is_within_budget()
-            || self.rows.budgets.iter().any(|(at, _)| at.elapsed() > BUDGET_PATIENCE)
-        {
-            for (_, answer) in self.rows.budgets.drain(..) {
-                drop(answer.send(Ok(())));
-            }
-        }
-        if !self.forks.is_pending() {
-            self.rows.forks.drain(..).for_each(|(children, answer)| drop(answer.send(Ok(children))));
-        }
-        self.answer_files();
-        for (token, pages) in self.pager.drained() {
-            if let Some(place) = self.rows.drains.iter().position(|(other, _)| *other == token) {
-                let (_, answer) = self.rows.drains.swap_remove(place);
-                drop(answer.send(Ok(pages * PAGE)));
-            }
-        }
     }
 
     /// The client has ended: gives back all slots and claims, when no transfer uses them any more.
