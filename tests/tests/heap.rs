@@ -4,6 +4,7 @@
 
 use std::process::Command;
 use std::ptr::NonNull;
+use std::time::Duration;
 
 use fmalloc_client::heap::{Heap, Unavailable};
 use fmalloc_client::{Pager, PrivateOptions};
@@ -157,6 +158,8 @@ fn freeing_and_allocating_cold_blocks_costs_no_fault() {
             blocks.swap(at, rng.index(at + 1));
         }
         let mut kept = blocks.split_off(blocks.len() / 2);
+        // The thread that faulted last goes on a moment before the fault is counted.
+        std::thread::sleep(Duration::from_millis(50));
         let before = place.pager.stats().unwrap();
         assert!(before.swapped_pages * 4096 > 20 * MIB);
         let count = blocks.len();
