@@ -382,6 +382,11 @@ fn memory_that_was_freed_is_dropped_beyond_the_limit() {
     assert_holds(zeros, 64 << 20, 0);
 }
 
+/// The end of a scope waits for the work only; the heap takes over what a thread had when the thread itself has ended.
+fn all_end(threads: Vec<std::thread::ScopedJoinHandle<'_, ()>>) {
+    threads.into_iter().for_each(|thread| thread.join().unwrap());
+}
+
 /// Passes blocks between threads, each block filled with a pattern that is checked where it is freed.
 #[test]
 fn threads_get_different_blocks_and_free_those_of_others() {
@@ -394,9 +399,10 @@ fn threads_get_different_blocks_and_free_those_of_others() {
     // Two generations, so that slots are taken over.
     for generation in 0..3 {
         std::thread::scope(|scope| {
+            let mut threads = Vec::new();
             for thread in 0..THREADS {
                 let (core, mailboxes) = (&core, &mailboxes);
-                scope.spawn(move || {
+                threads.push(scope.spawn(move || {
                     let mut rng = Rng(first ^ (thread + generation * THREADS) as u64);
                     let mut own: Vec<(usize, usize, u8)> = Vec::new();
                     let free = |(addr, size, mark): (usize, usize, u8)| {
@@ -429,8 +435,9 @@ fn threads_get_different_blocks_and_free_those_of_others() {
                         }
                     }
                     own.into_iter().for_each(free);
-                });
+                }));
             }
+            all_end(threads);
         });
         core.check().unwrap();
     }
@@ -458,9 +465,10 @@ fn of_frees_at_the_same_time_one_succeeds() {
     let freed = AtomicU32::new(0);
     let rounds = 300_u32;
     std::thread::scope(|scope| {
+        let mut threads = Vec::new();
         for thread in 0..THREADS {
             let (core, barrier, blocks, freed) = (&core, &barrier, &blocks, &freed);
-            scope.spawn(move || {
+            threads.push(scope.spawn(move || {
                 for round in 0..rounds {
                     if round as usize % THREADS == thread {
                         let sizes = [16, 48, 64, 1024, 16 << 10, 20 << 10];
@@ -477,8 +485,9 @@ fn of_frees_at_the_same_time_one_succeeds() {
                     }
                     barrier.wait();
                 }
-            });
+            }));
         }
+        all_end(threads);
     });
     let stats = core.stats();
     // Where the owner and another thread free in the same instant both may believe that they did; what counts is that the
