@@ -1,14 +1,18 @@
-//! The C library from a program that loads it when it runs, as plug-ins and bindings of other languages do.
+//! The C library from a program that loads it when it runs, as plug-ins and bindings of other languages do: `libfmalloc.so`,
+//! or `fmalloc.dll`. The second argument is the swap file; on Linux it only tells on which disk to swap.
 //!
-//!     cargo build -p fmalloc-capi && cargo run --example load_library -- target/debug/libfmalloc.so
+//!     cargo build -p fmalloc-capi && cargo run --example load_library -- target/debug/libfmalloc.so /var/tmp
+//!     load_library.exe fmalloc.dll D:\swap.bin
 
-use std::ffi::{CStr, c_char, c_int, c_void};
+use std::ffi::{CStr, CString, c_char, c_int, c_void};
 
 use anyhow::{Context, ensure};
 use libloading::{Library, Symbol};
 
 fn main() -> anyhow::Result<()> {
-    let path = std::env::args_os().nth(1).context("give the path of libfmalloc.so")?;
+    let mut arguments = std::env::args().skip(1);
+    let path = arguments.next().context("give the path of libfmalloc.so or fmalloc.dll")?;
+    let swap = CString::new(arguments.next().context("give the path of a swap file")?)?;
     // SAFETY: the library runs nothing when it is loaded, and it stays loaded: its threads run its code.
     let library = std::mem::ManuallyDrop::new(unsafe { Library::new(path) }?);
     // SAFETY: the types are those of fmalloc.h.
@@ -20,8 +24,7 @@ fn main() -> anyhow::Result<()> {
         let free: Symbol<'_, unsafe extern "C" fn(*mut c_void)> = library.get(b"ffree")?;
         let close: Symbol<'_, extern "C" fn() -> c_int> = library.get(b"fmalloc_close")?;
 
-        // A file in /var/tmp would do as well: it tells on which disk to swap.
-        if init(c"/var/tmp".as_ptr(), 1 << 30) != 0 {
+        if init(swap.as_ptr(), 1 << 30) != 0 {
             anyhow::bail!("{}", CStr::from_ptr(error()).to_string_lossy());
         }
         let bytes = 64 << 20;

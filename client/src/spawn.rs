@@ -11,6 +11,7 @@ use std::process;
 use std::ptr;
 use std::sync::atomic::{AtomicI32, Ordering};
 
+use fmalloc_proto::limits::MIN_BUDGET;
 use fmalloc_proto::transport;
 use nix::errno::Errno;
 use nix::unistd::{AccessFlags, access};
@@ -41,8 +42,15 @@ impl Launch {
     /// Finds the program and works out its arguments.
     ///
     /// # Errors
-    /// [`Error::NoDaemonBinary`], or a directory that cannot be named.
+    /// [`Error::NoDaemonBinary`], too small a budget, or a directory that cannot be named.
     pub(crate) fn new(options: &PrivateOptions) -> Result<Self, Error> {
+        // It would only end, with the reason in its log.
+        if options.budget < MIN_BUDGET {
+            let budget = options.budget;
+            return Err(Error::invalid(format!(
+                "a budget of {budget} bytes: at least {MIN_BUDGET} are needed"
+            )));
+        }
         let program = find_program(options.daemon.as_deref())?;
         let dir = options
             .swap_dir

@@ -53,6 +53,11 @@ fn a_program_in_c_with_the_static_library() {
 }
 
 #[test]
+fn a_program_as_the_users_of_the_original_write_it() {
+    compile_and_run("gcc", "-std=c99", "original.c", false);
+}
+
+#[test]
 fn a_program_in_cpp() {
     compile_and_run("g++", "-std=c++17", "containers.cpp", false);
 }
@@ -61,7 +66,7 @@ fn a_program_in_cpp() {
 fn a_program_that_loads_the_library() {
     if place::can_page() {
         let library: PathBuf = place::binary("libfmalloc.so");
-        let output = run(Command::new(place::binary("examples/load_library")).arg(library));
+        let output = run(Command::new(place::binary("examples/load_library")).arg(library).arg("/var/tmp"));
         assert_eq!(output.stdout, b"all right\n");
     }
 }

@@ -6,6 +6,7 @@
 #[path = "../../client/tests/shared/mod.rs"]
 mod shared;
 
+use std::process::Command;
 use std::sync::Once;
 
 use fmalloc_client::{Error, LocalOptions, Pager};
@@ -66,6 +67,23 @@ fn local_sparse_region_is_usable_where_committed() {
 fn local_pins_let_files_be_read_and_written() {
     let Some(pager) = pager() else { return };
     shared::files(&pager, &mut tempfile::tempfile_in("/var/tmp").unwrap());
+}
+
+#[test]
+fn local_example_that_runs_on_every_system() {
+    if !place::can_page() {
+        return;
+    }
+    let mut example = Command::new(place::binary("examples/everywhere"));
+    let output = example.env("FMALLOC_DAEMON", place::binary("fmallocd")).output().unwrap();
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success() && text.contains("all right"), "{output:?}");
+}
+
+#[test]
+fn local_budget_that_is_too_small_is_refused_with_a_reason() {
+    let error = Pager::local(&LocalOptions::new(4096, SWAP)).unwrap_err();
+    assert!(matches!(&error, Error::Invalid { what } if what.contains("at least")), "{error}");
 }
 
 #[test]

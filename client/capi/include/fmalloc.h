@@ -50,6 +50,12 @@
 // Will not be needed soon: evict it. Its content stays.
 #define FMALLOC_COLD 4
 
+// A RAM budget, and the paging of regions within it.
+typedef struct fmalloc_pager_t fmalloc_pager_t;
+
+// Memory that a pager pages.
+typedef struct fmalloc_region_t fmalloc_region_t;
+
 // For fmalloc_init_with. Fill it with zeros, set struct_size to sizeof(fmalloc_options_t), then what is wanted.
 typedef struct fmalloc_options_t {
     // sizeof(fmalloc_options_t).
@@ -66,7 +72,8 @@ typedef struct fmalloc_options_t {
     // Accept a userfaultfd with which system calls on swapped-out memory fail with EFAULT, if there is no better one.
     bool user_mode_only;
     // Directory of a private daemon's swap file, on a real disk; or a file in it, whose name does not matter: the swap
-    // file never has one. NULL: FMALLOC_SWAP_DIR, then /var/tmp.
+    // file never has one. NULL: FMALLOC_SWAP_DIR, then /var/tmp. On Windows the swap file itself, in UTF-8, or a directory;
+    // NULL: that for temporary files.
     const char *path;
     // The service's socket. NULL: FMALLOC_SOCKET, then the usual places.
     const char *socket;
@@ -107,6 +114,55 @@ typedef struct fmalloc_stats_t {
     // Pages written to the swap file.
     uint64_t pages_out;
 } fmalloc_stats_t;
+
+// For fmalloc_pager_local. Fill it with zeros, set struct_size, then what is wanted.
+typedef struct fmalloc_local_t {
+    // sizeof(fmalloc_local_t).
+    size_t struct_size;
+    // RAM budget in bytes.
+    uint64_t budget;
+    // Bytes that the swap file has room for.
+    uint64_t swap_size;
+    // The swap file, in UTF-8; NULL for one in the directory for temporary files. On Linux it has no name, and only the
+    // directory counts.
+    const char *swap_file;
+    // Windows: bytes paged at a time, 4096 to 1048576. 0: the default.
+    uint64_t unit;
+    // Windows: do not delete the swap file at the end. Its content is not kept.
+    uint32_t keep;
+} fmalloc_local_t;
+
+// Figures of a pager. Pages have 4096 bytes.
+typedef struct fmalloc_pager_stats_t {
+    // sizeof(fmalloc_pager_stats_t), to be set before the call.
+    size_t struct_size;
+    // Budget in bytes.
+    uint64_t budget_bytes;
+    // Pages in RAM now.
+    uint64_t resident_pages;
+    // Most pages in RAM so far.
+    uint64_t peak_resident_pages;
+    // Bytes of page tables and buffers; part of the budget.
+    uint64_t overhead_bytes;
+    // Pages whose only copy is in the swap file.
+    uint64_t swapped_pages;
+    // Pages of swap claimed.
+    uint64_t claimed_pages;
+    // Pages that cannot leave RAM at present.
+    uint64_t unevictable_pages;
+    // Page faults.
+    uint64_t faults;
+    // Pages read from the swap file.
+    uint64_t pages_in;
+    // Pages written to the swap file.
+    uint64_t pages_out;
+    // Pages evicted without a write, since the swap file had the same bytes.
+    uint64_t pages_clean;
+    // Failed reads and writes of the swap file.
+    uint64_t io_errors;
+    // Most that pages in RAM and overhead_bytes have had together, in bytes; never more than the budget.
+    uint64_t peak_held_bytes;
+} fmalloc_pager_stats_t;
 
 #ifdef __cplusplus
 extern "C" {
@@ -179,6 +235,79 @@ int fmalloc_stats(struct fmalloc_stats_t *stats);
 // Whether all records of the heap agree; for tests, while no other thread allocates or frees. Returns 0, or -1 with errno
 // EINVAL and what is damaged in fmalloc_error().
 int fmalloc_check(void);
+
+// Pages for this process alone: within it on Windows, by a private daemon on Linux. NULL with errno and a message if it
+// fails.
+//
+// # Safety
+// `paging` must be null or valid, its string null or ended by a zero byte.
+struct fmalloc_pager_t *fmalloc_pager_local(const struct fmalloc_local_t *paging);
+
+// Connects to the service of a Linux machine, for a RAM budget in bytes or, with 0, its default. NULL with errno and a
+// message if it fails.
+struct fmalloc_pager_t *fmalloc_pager_connect(uint64_t budget);
+
+// Ends the use of a pager; its regions keep what they need. NULL does nothing.
+//
+// # Safety
+// `pager` must be null or one from above, and not be used any more.
+void fmalloc_pager_close(struct fmalloc_pager_t *pager);
+
+// Changes the RAM budget, in bytes, and returns when RAM is within it. Returns 0, or -1 with errno and a message.
+//
+// # Safety
+// `pager` must be valid.
+int fmalloc_pager_set_budget(const struct fmalloc_pager_t *pager, uint64_t bytes);
+
+// Fills in figures. Returns 0, or -1 with errno and a message.
+//
+// # Safety
+// `pager` must be valid; `stats` as well, with its struct_size set.
+int fmalloc_pager_stats(const struct fmalloc_pager_t *pager, struct fmalloc_pager_stats_t *stats);
+
+// Memory of `length` bytes, zero at first. NULL with errno and a message if it fails.
+//
+// # Safety
+// `pager` must be valid.
+struct fmalloc_region_t *fmalloc_region_open(const struct fmalloc_pager_t *pager, uint64_t length);
+
+// Gives a region back. NULL does nothing.
+//
+// # Safety
+// `region` must be null or one from above; neither it nor its memory may be used any more.
+void fmalloc_region_close(struct fmalloc_region_t *region);
+
+// Start of a region's memory.
+//
+// # Safety
+// `region` must be valid.
+void *fmalloc_region_address(const struct fmalloc_region_t *region);
+
+// A hint about a part of a region, one of FMALLOC_NORMAL and so on. Returns 0, or -1 with errno and a message.
+//
+// # Safety
+// `region` must be valid.
+int fmalloc_region_advise(const struct fmalloc_region_t *region, uint64_t offset, uint64_t length, uint32_t advice);
+
+// Drops the content of a part of a region: it is zero from now on, and takes no RAM. Returns 0, or -1 with errno and a
+// message.
+//
+// # Safety
+// `region` must be valid, and nobody may use the part meanwhile.
+int fmalloc_region_discard(const struct fmalloc_region_t *region, uint64_t offset, uint64_t length);
+
+// Keeps a part of a region in RAM until fmalloc_region_unpin, readable or, unless `write` is 0, writable for system calls.
+// On Linux they can be given any part at any time, and this does nothing. Returns 0, or -1 with errno and a message.
+//
+// # Safety
+// `region` must be valid.
+int fmalloc_region_pin(const struct fmalloc_region_t *region, uint64_t offset, uint64_t length, int write);
+
+// Ends fmalloc_region_pin for the same part.
+//
+// # Safety
+// `region` must be valid, and the part one that was pinned.
+void fmalloc_region_unpin(const struct fmalloc_region_t *region, uint64_t offset, uint64_t length);
 
 // What the last call of this thread that failed had to say, in English; empty if none has. Valid until the next failure
 // in this thread.

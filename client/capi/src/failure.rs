@@ -50,7 +50,9 @@ impl From<Error> for Failure {
             Error::Unsupported { .. } => libc::ENOSYS,
             Error::DaemonGone | Error::AgentFailed => libc::EPIPE,
             Error::Conversation { .. } => libc::EPROTO,
-            Error::System { errno, .. } => *errno,
+            Error::System { errno, .. } if cfg!(unix) => *errno,
+            // Of Windows, whose numbers are others.
+            Error::System { .. } => libc::EIO,
             _ => libc::EINVAL,
         };
         Self { errno, text: error.to_string() }

@@ -5,10 +5,12 @@
 //! - `options`: what it is made of;
 //! - `memory`: `fmalloc`, `ffree` and their kin;
 //! - `figures`: statistics;
+//! - `regions`: pagers and regions by themselves, as the C# binding uses them;
 //! - `failure`: `errno` and the message.
 
 pub mod failure;
 pub mod figures;
 pub mod memory;
 pub mod options;
+pub mod regions;
 pub mod state;

@@ -101,17 +101,21 @@ pub extern "C" fn fmalloc_advise(start: *const c_void, length: usize, advice: u3
         let range = heap
             .range(start.cast(), length)
             .ok_or_else(|| Failure::invalid("the range is not in the heap"))?;
-        let advice = match advice {
-            FMALLOC_NORMAL => Advice::Normal,
-            FMALLOC_SEQUENTIAL => Advice::Sequential,
-            FMALLOC_RANDOM => Advice::Random,
-            FMALLOC_WILL_NEED => Advice::WillNeed,
-            FMALLOC_COLD => Advice::Cold,
-            other => return Err(Failure::invalid(format!("{other} is no advice; see fmalloc.h"))),
-        };
-        Ok(heap.region().advise(range, advice)?)
+        Ok(heap.region().advise(range, hint(advice)?)?)
     };
     status(advise())
+}
+
+/// A hint by its number.
+pub(crate) fn hint(number: u32) -> Result<Advice, Failure> {
+    match number {
+        FMALLOC_NORMAL => Ok(Advice::Normal),
+        FMALLOC_SEQUENTIAL => Ok(Advice::Sequential),
+        FMALLOC_RANDOM => Ok(Advice::Random),
+        FMALLOC_WILL_NEED => Ok(Advice::WillNeed),
+        FMALLOC_COLD => Ok(Advice::Cold),
+        other => Err(Failure::invalid(format!("{other} is no advice; see fmalloc.h"))),
+    }
 }
 
 /// Gives free memory back to RAM and swap, but for `keep` bytes at the end of the heap. Returns 0, or -1 with errno.

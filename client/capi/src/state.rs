@@ -2,6 +2,7 @@
 
 use std::ffi::{c_char, c_int};
 use std::ptr;
+#[cfg(unix)]
 use std::sync::Once;
 use std::sync::atomic::{AtomicBool, AtomicPtr, Ordering};
 
@@ -84,12 +85,8 @@ unsafe fn open(options: &Options) -> Result<(), Failure> {
     if heap().is_some() {
         return Err(Failure::invalid("there is a heap already: call fmalloc_close first"));
     }
-    static ATFORK: Once = Once::new();
-    ATFORK.call_once(|| {
-        // SAFETY: registers a function of this library, which only stores two words. Without memory for it a child finds out
-        // by SIGSEGV.
-        let _ = unsafe { libc::pthread_atfork(None, None, Some(forked)) };
-    });
+    #[cfg(unix)]
+    watch_forks();
     // SAFETY: the caller's.
     let heap = unsafe { options.open() }?;
     FORKED.store(false, Ordering::Relaxed);
@@ -97,7 +94,18 @@ unsafe fn open(options: &Options) -> Result<(), Failure> {
     Ok(())
 }
 
+#[cfg(unix)]
+fn watch_forks() {
+    static ATFORK: Once = Once::new();
+    ATFORK.call_once(|| {
+        // SAFETY: registers a function of this library, which only stores two words. Without memory for it a child finds out
+        // by SIGSEGV.
+        let _ = unsafe { libc::pthread_atfork(None, None, Some(forked)) };
+    });
+}
+
 /// In a forked child: it has none of the memory. The parent's records are left alone, where they are.
+#[cfg(unix)]
 extern "C" fn forked() {
     if !HEAP.swap(ptr::null_mut(), Ordering::AcqRel).is_null() {
         FORKED.store(true, Ordering::Relaxed);
