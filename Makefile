@@ -2,13 +2,14 @@
 MESSAGES ?= 10000000
 MINUTES ?= 10
 
-.PHONY: help setup build demo test test-windows bench bench-full lint install uninstall deb fuzz soak realworld
+.PHONY: help setup build demo test test-windows test-csharp bench bench-full lint install uninstall deb fuzz soak realworld
 
 help:
 	@echo "make demo    sort 512 MiB of this machine's text within 64 MiB of RAM (FMALLOC_DEMO_MIB=... for another size)"
 	@echo "make realworld  programs of the distribution within a third of the RAM that they need, beside kernel swap (REALWORLD=options)"
 	@echo "make test    all tests; run it as root, for a full userfaultfd"
 	@echo "make test-windows  the client's tests for Windows, under wine (the first time it installs what that needs: Debian 12)"
+	@echo "make test-csharp  the tests of the C# binding, under mono"
 	@echo "make bench   fmalloc beside kernel swap and others, within 20 minutes (BENCH=--quick: 3 minutes; BENCH=--help for more)"
 	@echo "make bench-full  the same with compressible and random data in more and less RAM: takes long"
 	@echo "make fuzz    ten million generated messages against the decoder, and as many against a live daemon (MESSAGES=...)"
@@ -53,6 +54,10 @@ soak: setup
 # A directory of its own: these are built by another compiler.
 test-windows: setup
 	CARGO_TARGET_DIR=target/windows .ci/windows/run .ci/windows/test
+
+test-csharp: setup
+	cargo build -p fmallocd -p fmalloc-capi
+	@client/csharp/test
 
 # As root, on a machine with nothing else to do.
 bench: setup
