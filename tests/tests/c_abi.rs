@@ -19,8 +19,8 @@ fn run(command: &mut Command) -> Output {
     output
 }
 
-/// Compiles a program with warnings as errors, links it with the library, runs it.
-fn compile_and_run(compiler: &str, standard: &str, source: &str, linked_in: bool) {
+/// Compiles a program with warnings as errors, links it with the library, runs it with a directory and the names of files in it.
+fn compile_and_run(compiler: &str, standard: &str, source: &str, linked_in: bool, more: &[&str]) {
     if !place::can_page() {
         return;
     }
@@ -38,28 +38,34 @@ fn compile_and_run(compiler: &str, standard: &str, source: &str, linked_in: bool
         command.arg("-Wl,-rpath").arg(library.parent().unwrap()).arg("-lpthread");
     }
     run(&mut command);
-    let output = run(Command::new(&program).arg(dir.path()));
+    let files = more.iter().map(|name| dir.path().join(name));
+    let output = run(Command::new(&program).arg(dir.path()).args(files));
     assert_eq!(output.stdout, b"all right\n");
 }
 
 #[test]
 fn a_program_in_c_with_the_shared_library() {
-    compile_and_run("gcc", "-std=c11", "basic.c", false);
+    compile_and_run("gcc", "-std=c11", "basic.c", false, &[]);
 }
 
 #[test]
 fn a_program_in_c_with_the_static_library() {
-    compile_and_run("gcc", "-std=gnu17", "basic.c", true);
+    compile_and_run("gcc", "-std=gnu17", "basic.c", true, &[]);
 }
 
 #[test]
 fn a_program_as_the_users_of_the_original_write_it() {
-    compile_and_run("gcc", "-std=c99", "original.c", false);
+    compile_and_run("gcc", "-std=c99", "original.c", false, &[]);
+}
+
+#[test]
+fn a_program_with_pagers_and_regions() {
+    compile_and_run("gcc", "-std=c99", "regions.c", false, &["file"]);
 }
 
 #[test]
 fn a_program_in_cpp() {
-    compile_and_run("g++", "-std=c++17", "containers.cpp", false);
+    compile_and_run("g++", "-std=c++17", "containers.cpp", false, &[]);
 }
 
 #[test]

@@ -50,10 +50,19 @@
 // Will not be needed soon: evict it. Its content stays.
 #define FMALLOC_COLD 4
 
+// A file for reading: what is written to its memory never gets into the file.
+#define FMALLOC_FILE_READ 0
+
+// A file for reading and writing: changes get into it by fmalloc_region_flush, on eviction and at the end.
+#define FMALLOC_FILE_SHARED 1
+
+// A file for reading and writing that stays as it is: changes go to swap, and are gone at the end.
+#define FMALLOC_FILE_COPY 2
+
 // A RAM budget, and the paging of regions within it.
 typedef struct fmalloc_pager_t fmalloc_pager_t;
 
-// Memory that a pager pages.
+// Memory that a pager pages, perhaps the content of a file.
 typedef struct fmalloc_region_t fmalloc_region_t;
 
 // For fmalloc_init_with. Fill it with zeros, set struct_size to sizeof(fmalloc_options_t), then what is wanted.
@@ -160,7 +169,7 @@ typedef struct fmalloc_pager_stats_t {
     uint64_t pages_clean;
     // Failed reads and writes of the swap file.
     uint64_t io_errors;
-    // Most that pages in RAM and overhead_bytes have had together, in bytes; never more than the budget.
+    // Most that pages in RAM and overhead_bytes have had together, in bytes; never more than the largest budget so far.
     uint64_t peak_held_bytes;
 } fmalloc_pager_stats_t;
 
@@ -283,6 +292,19 @@ void fmalloc_region_close(struct fmalloc_region_t *region);
 // `region` must be valid.
 void *fmalloc_region_address(const struct fmalloc_region_t *region);
 
+// Bytes of a region.
+//
+// # Safety
+// `region` must be valid.
+uint64_t fmalloc_region_length(const struct fmalloc_region_t *region);
+
+// Returns when what was changed in a part of a shared file's content is on the disk; with other regions there is nothing to do.
+// Returns 0, or -1 with errno and a message: then the changes are still in memory.
+//
+// # Safety
+// `region` must be valid.
+int fmalloc_region_flush(const struct fmalloc_region_t *region, uint64_t offset, uint64_t length);
+
 // A hint about a part of a region, one of FMALLOC_NORMAL and so on. Returns 0, or -1 with errno and a message.
 //
 // # Safety
@@ -308,6 +330,19 @@ int fmalloc_region_pin(const struct fmalloc_region_t *region, uint64_t offset, u
 // # Safety
 // `region` must be valid, and the part one that was pinned.
 void fmalloc_region_unpin(const struct fmalloc_region_t *region, uint64_t offset, uint64_t length);
+
+// A pager for files: with a budget of 0 the one that this process has for them, which is a connection to the service or else a
+// private daemon, and its budget that of FMALLOC_RAM or the default; otherwise one of its own with this budget in bytes. NULL
+// with errno and a message if it fails.
+struct fmalloc_pager_t *fmalloc_pager_default(uint64_t budget);
+
+// The content of a file in memory, from `offset` on, which must be a multiple of 4096; a length of 0 means up to its end. `path`
+// is in UTF-8 on Windows. `mode`: one of FMALLOC_FILE_READ and so on. Nobody else should write to the file meanwhile. NULL with
+// errno and a message if it fails; ENOSYS on Windows, where this does not exist yet.
+//
+// # Safety
+// `pager` must be valid, the path a C string.
+struct fmalloc_region_t *fmalloc_region_open_file(const struct fmalloc_pager_t *pager, const char *path, uint64_t offset, uint64_t length, uint32_t mode);
 
 // What the last call of this thread that failed had to say, in English; empty if none has. Valid until the next failure
 // in this thread.

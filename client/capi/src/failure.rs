@@ -2,6 +2,10 @@
 
 use std::cell::RefCell;
 use std::ffi::{CString, c_char, c_int};
+#[cfg(unix)]
+use std::io;
+#[cfg(unix)]
+use std::path::Path;
 use std::ptr;
 
 use fmalloc_client::Error;
@@ -27,6 +31,13 @@ impl Failure {
     /// With another error number.
     pub(crate) fn new(errno: c_int, text: impl Into<String>) -> Self {
         Self { errno, text: text.into() }
+    }
+
+    /// Says what it is about as well.
+    #[cfg(unix)]
+    pub(crate) fn about(mut self, path: &Path) -> Self {
+        self.text.insert_str(0, &format!("{}: ", path.display()));
+        self
     }
 
     /// Sets `errno` and the message of the calling thread.
@@ -56,6 +67,23 @@ impl From<Error> for Failure {
             _ => libc::EINVAL,
         };
         Self { errno, text: error.to_string() }
+    }
+}
+
+#[cfg(unix)]
+impl From<io::Error> for Failure {
+    fn from(error: io::Error) -> Self {
+        let errno = match error.kind() {
+            io::ErrorKind::StorageFull => Some(libc::ENOSPC),
+            io::ErrorKind::ResourceBusy => Some(libc::EBUSY),
+            _ => error.raw_os_error(),
+        };
+        let text = error.to_string();
+        match (errno, error.downcast::<Error>()) {
+            (Some(errno), _) => Self::new(errno, text),
+            (None, Ok(error)) => error.into(),
+            (None, Err(_)) => Self::invalid(text),
+        }
     }
 }
 

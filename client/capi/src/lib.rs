@@ -6,10 +6,12 @@
 //! - `memory`: `fmalloc`, `ffree` and their kin;
 //! - `figures`: statistics;
 //! - `regions`: pagers and regions by themselves, as the C# binding uses them;
+//! - `files`: regions over files;
 //! - `failure`: `errno` and the message.
 
 pub mod failure;
 pub mod figures;
+pub mod files;
 pub mod memory;
 pub mod options;
 pub mod regions;

@@ -3,8 +3,12 @@
 use std::ffi::{c_char, c_int, c_void};
 use std::ops::Range;
 
+#[cfg(unix)]
+use fmalloc_client::Advice;
+#[cfg(unix)]
+use fmalloc_client::mmap::{Advice as MapAdvice, MmapRaw, UncheckedAdvice};
 use fmalloc_client::{ConnectOptions, LocalOptions, Pager as ClientPager, Region as ClientRegion};
-use fmalloc_proto::num::to_usize;
+use fmalloc_proto::num::{to_u64, to_usize};
 
 use crate::failure::{Failure, pointer, status};
 use crate::memory::hint;
@@ -14,9 +18,40 @@ use crate::options::path;
 #[derive(Debug)]
 pub struct Pager(ClientPager);
 
-/// Memory that a pager pages.
+/// Memory that a pager pages, perhaps the content of a file.
 #[derive(Debug)]
-pub struct Region(ClientRegion);
+pub struct Region(Kind);
+
+#[derive(Debug)]
+enum Kind {
+    Memory(ClientRegion),
+    #[cfg(unix)]
+    File {
+        map: MmapRaw,
+        /// Changes get into the file.
+        shared: bool,
+    },
+}
+
+impl Pager {
+    /// For C.
+    pub(crate) fn boxed(pager: ClientPager) -> *mut Self {
+        boxed(Self(pager))
+    }
+
+    #[cfg(unix)]
+    pub(crate) fn get(&self) -> &ClientPager {
+        &self.0
+    }
+}
+
+#[cfg(unix)]
+impl Region {
+    /// For C.
+    pub(crate) fn of_file(map: MmapRaw, shared: bool) -> *mut Self {
+        boxed(Self(Kind::File { map, shared }))
+    }
+}
 
 /// For fmalloc_pager_local. Fill it with zeros, set struct_size, then what is wanted.
 #[repr(C)]
@@ -67,7 +102,7 @@ pub struct PagerStats {
     pub pages_clean: u64,
     /// Failed reads and writes of the swap file.
     pub io_errors: u64,
-    /// Most that pages in RAM and overhead_bytes have had together, in bytes; never more than the budget.
+    /// Most that pages in RAM and overhead_bytes have had together, in bytes; never more than the largest budget so far.
     pub peak_held_bytes: u64,
 }
 
@@ -166,7 +201,11 @@ pub unsafe extern "C" fn fmalloc_pager_stats(pager: *const Pager, stats: *mut Pa
 pub unsafe extern "C" fn fmalloc_region_open(pager: *const Pager, length: u64) -> *mut Region {
     // SAFETY: the caller's.
     let pager = unsafe { get(pager) };
-    pointer(pager.and_then(|pager| Ok(boxed(Region(ClientRegion::new(&pager.0, to_usize(length))?)))))
+    pointer(
+        pager.and_then(|pager| {
+            Ok(boxed(Region(Kind::Memory(ClientRegion::new(&pager.0, to_usize(length))?))))
+        }),
+    )
 }
 
 /// Gives a region back. NULL does nothing.
@@ -186,7 +225,44 @@ pub unsafe extern "C" fn fmalloc_region_close(region: *mut Region) {
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn fmalloc_region_address(region: *const Region) -> *mut c_void {
     // SAFETY: the caller's.
-    pointer(unsafe { get(region) }.map(|region| region.0.as_ptr().cast()))
+    pointer(unsafe { get(region) }.map(|region| match &region.0 {
+        Kind::Memory(region) => region.as_ptr().cast(),
+        #[cfg(unix)]
+        Kind::File { map, .. } => map.as_mut_ptr().cast(),
+    }))
+}
+
+/// Bytes of a region.
+///
+/// # Safety
+/// `region` must be valid.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn fmalloc_region_length(region: *const Region) -> u64 {
+    // SAFETY: the caller's.
+    match unsafe { get(region) } {
+        Ok(Region(Kind::Memory(region))) => to_u64(region.len()),
+        #[cfg(unix)]
+        Ok(Region(Kind::File { map, .. })) => to_u64(map.len()),
+        Err(failure) => {
+            failure.tell();
+            0
+        }
+    }
+}
+
+/// Returns when what was changed in a part of a shared file's content is on the disk; with other regions there is nothing to do.
+/// Returns 0, or -1 with errno and a message: then the changes are still in memory.
+///
+/// # Safety
+/// `region` must be valid.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn fmalloc_region_flush(region: *const Region, offset: u64, length: u64) -> c_int {
+    // SAFETY: the caller's.
+    status(unsafe { get(region) }.and_then(|region| match &region.0 {
+        Kind::Memory(region) => check(offset, length, region.len()),
+        #[cfg(unix)]
+        Kind::File { map, .. } => Ok(map.flush_range(to_usize(offset), to_usize(length))?),
+    }))
 }
 
 /// A hint about a part of a region, one of FMALLOC_NORMAL and so on. Returns 0, or -1 with errno and a message.
@@ -201,8 +277,27 @@ pub unsafe extern "C" fn fmalloc_region_advise(
     advice: u32,
 ) -> c_int {
     // SAFETY: the caller's.
-    let region = unsafe { get(region) };
-    status(region.and_then(|region| Ok(region.0.advise(range(offset, length)?, hint(advice)?)?)))
+    status(unsafe { get(region) }.and_then(|region| match &region.0 {
+        Kind::Memory(region) => Ok(region.advise(range(offset, length)?, hint(advice)?)?),
+        #[cfg(unix)]
+        Kind::File { map, shared } => {
+            let (offset, length) = (to_usize(offset), to_usize(length));
+            let advice = match hint(advice)? {
+                Advice::Sequential => MapAdvice::Sequential,
+                Advice::Random => MapAdvice::Random,
+                Advice::WillNeed => MapAdvice::WillNeed,
+                Advice::Cold if *shared => {
+                    // SAFETY: of a shared file no content is dropped: it is written back.
+                    unsafe { map.unchecked_advise_range(UncheckedAdvice::DontNeed, offset, length) }?;
+                    return Ok(());
+                }
+                // It goes when something else needs its place.
+                Advice::Cold => return Ok(()),
+                _ => MapAdvice::Normal,
+            };
+            Ok(map.advise_range(advice, offset, length)?)
+        }
+    }))
 }
 
 /// Drops the content of a part of a region: it is zero from now on, and takes no RAM. Returns 0, or -1 with errno and a
@@ -213,9 +308,12 @@ pub unsafe extern "C" fn fmalloc_region_advise(
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn fmalloc_region_discard(region: *const Region, offset: u64, length: u64) -> c_int {
     // SAFETY: the caller's.
-    let region = unsafe { get(region) };
-    // SAFETY: the caller's.
-    status(region.and_then(|region| Ok(unsafe { region.0.discard_unused(range(offset, length)?) }?)))
+    status(unsafe { get(region) }.and_then(|region| match &region.0 {
+        // SAFETY: the caller's.
+        Kind::Memory(region) => Ok(unsafe { region.discard_unused(range(offset, length)?) }?),
+        #[cfg(unix)]
+        Kind::File { .. } => Err(Failure::invalid("the content of a file cannot be discarded")),
+    }))
 }
 
 /// Keeps a part of a region in RAM until fmalloc_region_unpin, readable or, unless `write` is 0, writable for system calls.
@@ -231,8 +329,11 @@ pub unsafe extern "C" fn fmalloc_region_pin(
     write: c_int,
 ) -> c_int {
     // SAFETY: the caller's.
-    let region = unsafe { get(region) };
-    status(region.and_then(|region| Ok(region.0.hold(&range(offset, length)?, write != 0)?)))
+    status(unsafe { get(region) }.and_then(|region| match &region.0 {
+        Kind::Memory(region) => Ok(region.hold(&range(offset, length)?, write != 0)?),
+        #[cfg(unix)]
+        Kind::File { map, .. } => check(offset, length, map.len()),
+    }))
 }
 
 /// Ends fmalloc_region_pin for the same part.
@@ -242,9 +343,10 @@ pub unsafe extern "C" fn fmalloc_region_pin(
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn fmalloc_region_unpin(region: *const Region, offset: u64, length: u64) {
     // SAFETY: the caller's.
-    let region = unsafe { get(region) };
-    match region.and_then(|region| Ok((region, range(offset, length)?))) {
-        Ok((region, range)) => region.0.release(&range),
+    match unsafe { get(region) }.and_then(|region| Ok((region, range(offset, length)?))) {
+        Ok((Region(Kind::Memory(region)), range)) => region.release(&range),
+        #[cfg(unix)]
+        Ok(_) => {}
         Err(failure) => failure.tell(),
     }
 }
@@ -252,6 +354,13 @@ pub unsafe extern "C" fn fmalloc_region_unpin(region: *const Region, offset: u64
 fn range(offset: u64, length: u64) -> Result<Range<usize>, Failure> {
     let end = offset.checked_add(length).ok_or_else(|| Failure::invalid("the range is not in the region"))?;
     Ok(to_usize(offset)..to_usize(end))
+}
+
+fn check(offset: u64, length: u64, of: usize) -> Result<(), Failure> {
+    if range(offset, length)?.end > of {
+        return Err(Failure::invalid("the range is not in the region"));
+    }
+    Ok(())
 }
 
 fn boxed<T>(value: T) -> *mut T {
@@ -269,7 +378,7 @@ unsafe fn unbox<T>(pointer: *mut T) {
 
 /// # Safety
 /// The pointer must be null or valid.
-unsafe fn get<'a, T>(pointer: *const T) -> Result<&'a T, Failure> {
+pub(crate) unsafe fn get<'a, T>(pointer: *const T) -> Result<&'a T, Failure> {
     // SAFETY: the caller's.
     unsafe { pointer.as_ref() }.ok_or_else(|| Failure::invalid("a null pointer was given"))
 }

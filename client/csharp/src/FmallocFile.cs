@@ -1,11 +1,12 @@
 using System;
 using System.Collections.Generic;
 using System.IO;
+using System.IO.MemoryMappedFiles;
 
 namespace Fmalloc
 {
-    /// <summary>One region behind one swap file: what replaces a MemoryMappedFile that a program uses for memory. The content
-    /// is not kept when it is disposed.</summary>
+    /// <summary>One region, as a MemoryMappedFile is one: behind a swap file, whose content is not kept when it is disposed, or, by
+    /// CreateFromFile, over a file of the program's own.</summary>
     public sealed class FmallocFile : IDisposable
     {
         /// <summary>RAM budget where none is given, in bytes.</summary>
@@ -19,6 +20,7 @@ namespace Fmalloc
         /// <summary>A pager and its region, with the number of files that stand for it.</summary>
         private sealed class Shared
         {
+            /// <summary>Of the swap file; null if this is nobody else's.</summary>
             internal string Path;
             internal FmallocPager Pager;
             internal FmallocRegion Region;
@@ -54,6 +56,51 @@ namespace Fmalloc
         public static FmallocFile CreateOrOpen(string path, long capacity, long budget)
         {
             return Get(path, capacity, budget, true);
+        }
+
+        /// <summary>All of a file, for reading and writing, within the budget that this process has for files.</summary>
+        public static FmallocFile CreateFromFile(string path)
+        {
+            return CreateFromFile(path, FileMode.Open, 0, MemoryMappedFileAccess.ReadWrite, 0);
+        }
+
+        /// <summary>The first bytes of a file, for reading and writing; a capacity of 0 means all of it, and one that is larger than
+        /// the file makes it as large.</summary>
+        public static FmallocFile CreateFromFile(string path, FileMode mode, long capacity)
+        {
+            return CreateFromFile(path, mode, capacity, MemoryMappedFileAccess.ReadWrite, 0);
+        }
+
+        /// <summary>CreateFromFile for Read, ReadWrite or CopyOnWrite, with a RAM budget in bytes; 0 stands for the one that this
+        /// process has for files. On Linux only.</summary>
+        public static FmallocFile CreateFromFile(string path, FileMode mode, long capacity, MemoryMappedFileAccess access, long budget)
+        {
+            if (path == null) throw new ArgumentNullException("path");
+            if (capacity < 0) throw new ArgumentOutOfRangeException("capacity");
+            bool writable = access == MemoryMappedFileAccess.ReadWrite;
+            using (var file = new FileStream(path, mode, writable ? FileAccess.ReadWrite : FileAccess.Read, FileShare.ReadWrite))
+            {
+                if (capacity == 0 && file.Length == 0) throw new ArgumentException("the file is empty: give a capacity", "capacity");
+                if (capacity > file.Length)
+                {
+                    if (!writable) throw new ArgumentOutOfRangeException("capacity", "the file is shorter, and not to be written to");
+                    file.SetLength(capacity);
+                }
+            }
+            FmallocPager pager = FmallocPager.ForFiles(budget);
+            try
+            {
+                var shared = new Shared();
+                shared.Pager = pager;
+                shared.Region = pager.OpenFile(path, 0, capacity, access);
+                shared.Users = 1;
+                return new FmallocFile(shared);
+            }
+            catch
+            {
+                pager.Dispose();
+                throw;
+            }
         }
 
         /// <summary>Length in bytes.</summary>
@@ -107,7 +154,7 @@ namespace Fmalloc
                 if (disposed) return;
                 disposed = true;
                 if (--shared.Users > 0) return;
-                open.Remove(shared.Path);
+                if (shared.Path != null) open.Remove(shared.Path);
                 shared.Region.Dispose();
                 shared.Pager.Dispose();
             }

@@ -1,4 +1,5 @@
 using System;
+using System.IO.MemoryMappedFiles;
 using System.Runtime.InteropServices;
 
 namespace Fmalloc
@@ -52,7 +53,7 @@ namespace Fmalloc
         public ulong PagesClean;
         /// <summary>Failed reads and writes of the swap file.</summary>
         public ulong IoErrors;
-        /// <summary>Most that pages in RAM and OverheadBytes have had together, in bytes; never more than the budget.</summary>
+        /// <summary>Most that pages in RAM and OverheadBytes have had together, in bytes; never more than the largest budget so far.</summary>
         public ulong PeakHeldBytes;
     }
 
@@ -96,11 +97,47 @@ namespace Fmalloc
             return new FmallocPager(Native.Check(Native.fmalloc_pager_connect((ulong)budget)));
         }
 
+        /// <summary>The pager that this process has for files, on Linux: a connection to the service or else a private daemon,
+        /// with the budget of FMALLOC_RAM or the default. With a budget in bytes, a pager of its own.</summary>
+        public static FmallocPager ForFiles(long budget)
+        {
+            if (budget < 0) throw new ArgumentOutOfRangeException("budget");
+            return new FmallocPager(Native.Check(Native.fmalloc_pager_default((ulong)budget)));
+        }
+
+        /// <summary>The content of a file from an offset on, which must be a multiple of 4096; a length of 0 means up to its end.
+        /// What is written gets into the file by Flush, when it leaves RAM, and when the region and its views are disposed. With
+        /// CopyOnWrite it does not.</summary>
+        public FmallocRegion OpenFile(string path, long offset, long length, MemoryMappedFileAccess access)
+        {
+            if (path == null) throw new ArgumentNullException("path");
+            if (offset < 0) throw new ArgumentOutOfRangeException("offset");
+            if (length < 0) throw new ArgumentOutOfRangeException("length");
+            uint mode;
+            switch (access)
+            {
+                case MemoryMappedFileAccess.Read: mode = 0; break;
+                case MemoryMappedFileAccess.ReadWrite: mode = 1; break;
+                case MemoryMappedFileAccess.CopyOnWrite: mode = 2; break;
+                default: throw new ArgumentOutOfRangeException("access", "Read, ReadWrite and CopyOnWrite are there");
+            }
+            IntPtr text = Native.ToUtf8(path);
+            try
+            {
+                RegionHandle region = Native.Check(Native.fmalloc_region_open_file(handle, text, (ulong)offset, (ulong)length, mode));
+                return new FmallocRegion(region, (long)Native.fmalloc_region_length(region), access == MemoryMappedFileAccess.Read);
+            }
+            finally
+            {
+                Marshal.FreeHGlobal(text);
+            }
+        }
+
         /// <summary>Memory of any length, zero at first.</summary>
         public FmallocRegion CreateRegion(long length)
         {
             if (length <= 0) throw new ArgumentOutOfRangeException("length");
-            return new FmallocRegion(Native.Check(Native.fmalloc_region_open(handle, (ulong)length)), length);
+            return new FmallocRegion(Native.Check(Native.fmalloc_region_open(handle, (ulong)length)), length, false);
         }
 
         /// <summary>Changes the RAM budget, in bytes, and returns when RAM is within it.</summary>

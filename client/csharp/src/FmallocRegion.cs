@@ -25,12 +25,14 @@ namespace Fmalloc
     public sealed class FmallocRegion : IDisposable
     {
         private readonly RegionHandle handle;
+        private readonly bool readOnly;
         /// <summary>The handle alone does not tell: it stays open for the sake of the views.</summary>
         private volatile bool disposed;
 
-        internal FmallocRegion(RegionHandle handle, long length)
+        internal FmallocRegion(RegionHandle handle, long length, bool readOnly)
         {
             this.handle = handle;
+            this.readOnly = readOnly;
             Length = length;
         }
 
@@ -46,7 +48,7 @@ namespace Fmalloc
         /// <summary>Random access to a part of it, in bytes; a size of 0 means up to the end.</summary>
         public FmallocViewAccessor CreateViewAccessor(long offset, long size)
         {
-            return new FmallocViewAccessor(View(offset, ref size), size);
+            return new FmallocViewAccessor(View(offset, ref size), size, Access);
         }
 
         /// <summary>All of it as a stream.</summary>
@@ -58,13 +60,14 @@ namespace Fmalloc
         /// <summary>A part of it as a stream, in bytes; a size of 0 means up to the end.</summary>
         public FmallocViewStream CreateViewStream(long offset, long size)
         {
-            return new FmallocViewStream(View(offset, ref size), size);
+            return new FmallocViewStream(View(offset, ref size), size, Access);
         }
 
         /// <summary>A part of it as Memory and Span: count elements from a byte offset. T must have no references. Dispose
         /// the result only when no span of it is in use any more: a span does not keep memory alive.</summary>
         public IMemoryOwner<T> CreateMemory<T>(long offset, int count) where T : struct
         {
+            if (readOnly) throw new UnauthorizedAccessException("it is for reading only, and a Memory can be written to");
             if (count < 0) throw new ArgumentOutOfRangeException("count");
             long size = (long)count * FmallocMemory<T>.ElementSize();
             if (size == 0) size = Math.Min(1, Length - offset);
@@ -86,6 +89,14 @@ namespace Fmalloc
             Native.Check(Native.fmalloc_region_discard(handle, (ulong)offset, (ulong)size));
         }
 
+        /// <summary>Returns when what was changed in a file's content is on the disk. If it cannot be written, that is an exception,
+        /// and the changes are still in memory. Memory without a file has nothing to flush.</summary>
+        public void Flush()
+        {
+            CheckRange(0, Length);
+            Native.Check(Native.fmalloc_region_flush(handle, 0, (ulong)Length));
+        }
+
         /// <summary>Keeps a part in RAM until the result is disposed, so that system calls can be given pointers into it. On
         /// Linux they can at any time.</summary>
         public IDisposable Pin(long offset, long size, bool write)
@@ -100,6 +111,8 @@ namespace Fmalloc
             disposed = true;
             handle.Dispose();
         }
+
+        private FileAccess Access { get { return readOnly ? FileAccess.Read : FileAccess.ReadWrite; } }
 
         private ViewBuffer View(long offset, ref long size)
         {
@@ -155,14 +168,33 @@ namespace Fmalloc
     internal sealed class ViewBuffer : SafeBuffer
     {
         private readonly RegionHandle region;
+        private readonly long offset;
 
         internal ViewBuffer(RegionHandle region, long offset, long size) : base(true)
         {
             bool added = false;
             region.DangerousAddRef(ref added);
             this.region = region;
+            this.offset = offset;
             SetHandle((IntPtr)(Native.fmalloc_region_address(region).ToInt64() + offset));
             Initialize((ulong)size);
+        }
+
+        /// <summary>As FmallocRegion.Flush, for this part.</summary>
+        internal void Flush(string who)
+        {
+            bool added = false;
+            try
+            {
+                if (IsClosed) throw new ObjectDisposedException(who);
+                // So that the view stays for as long as the call takes.
+                DangerousAddRef(ref added);
+                Native.Check(Native.fmalloc_region_flush(region, (ulong)offset, ByteLength));
+            }
+            finally
+            {
+                if (added) DangerousRelease();
+            }
         }
 
         protected override bool ReleaseHandle()
@@ -178,16 +210,15 @@ namespace Fmalloc
     {
         private readonly ViewBuffer buffer;
 
-        internal FmallocViewAccessor(ViewBuffer buffer, long size) : base(buffer, 0, size, FileAccess.ReadWrite)
+        internal FmallocViewAccessor(ViewBuffer buffer, long size, FileAccess access) : base(buffer, 0, size, access)
         {
             this.buffer = buffer;
         }
 
-        /// <summary>Nothing to do: what was written is visible to all views, and the memory is nobody else's. Here for
-        /// programs that come from MemoryMappedViewAccessor.</summary>
+        /// <summary>As FmallocRegion.Flush, for this part.</summary>
         public void Flush()
         {
-            if (buffer.IsClosed) throw new ObjectDisposedException("FmallocViewAccessor");
+            buffer.Flush("FmallocViewAccessor");
         }
 
         /// <summary>Ends the view.</summary>
@@ -203,9 +234,15 @@ namespace Fmalloc
     {
         private readonly ViewBuffer buffer;
 
-        internal FmallocViewStream(ViewBuffer buffer, long size) : base(buffer, 0, size, FileAccess.ReadWrite)
+        internal FmallocViewStream(ViewBuffer buffer, long size, FileAccess access) : base(buffer, 0, size, access)
         {
             this.buffer = buffer;
+        }
+
+        /// <summary>As FmallocRegion.Flush, for this part.</summary>
+        public override void Flush()
+        {
+            buffer.Flush("FmallocViewStream");
         }
 
         /// <summary>Ends the view.</summary>

@@ -47,6 +47,18 @@ namespace Fmalloc
         internal static extern RegionHandle fmalloc_region_open(PagerHandle pager, ulong length);
 
         [DllImport(Library)]
+        internal static extern PagerHandle fmalloc_pager_default(ulong budget);
+
+        [DllImport(Library)]
+        internal static extern RegionHandle fmalloc_region_open_file(PagerHandle pager, IntPtr path, ulong offset, ulong length, uint mode);
+
+        [DllImport(Library)]
+        internal static extern ulong fmalloc_region_length(RegionHandle region);
+
+        [DllImport(Library)]
+        internal static extern int fmalloc_region_flush(RegionHandle region, ulong offset, ulong length);
+
+        [DllImport(Library)]
         internal static extern void fmalloc_region_close(IntPtr region);
 
         [DllImport(Library)]

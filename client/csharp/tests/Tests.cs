@@ -4,6 +4,7 @@ using System;
 using System.Buffers;
 using System.Collections.Generic;
 using System.IO;
+using System.IO.MemoryMappedFiles;
 using System.Runtime.InteropServices;
 using System.Text;
 using System.Threading;
@@ -29,6 +30,8 @@ public static class Tests
         add("a null reference is still an exception", NullReference);
         add("errors have the library's messages", Errors);
         add("discard, advice, pins and budgets", Requests);
+        add("a file is changed through its views, and flushed", Files);
+        add("a file for reading or copying stays as it is", FilesThatStay);
         add("handles that nobody disposed are collected", Collected);
         int failed = 0;
         foreach (var test in tests)
@@ -400,6 +403,100 @@ public static class Tests
             Check(pager.Stats().BudgetBytes == 2 * (ulong)Budget, "the new budget");
             Throws<FmallocException>(() => pager.SetBudget(1));
         }
+    }
+
+    private static void Files()
+    {
+        string path = Swap + ".file";
+        const long Size = 96L << 20;
+        try
+        {
+            using (FmallocFile file = FmallocFile.CreateFromFile(path, FileMode.CreateNew, Size, MemoryMappedFileAccess.ReadWrite, Budget))
+            using (FmallocViewAccessor view = file.CreateViewAccessor())
+            {
+                Check(file.Capacity == Size && new FileInfo(path).Length == Size, "the file is as long as was asked for");
+                for (long at = 0; at < Size; at += 1024) view.Write(at, Mix(at));
+                view.Flush();
+                // By other means, while it is mapped.
+                using (var reader = new BinaryReader(new FileStream(path, FileMode.Open, FileAccess.Read, FileShare.ReadWrite)))
+                {
+                    for (long at = 0; at < Size; at += 1 << 20)
+                    {
+                        reader.BaseStream.Position = at;
+                        Check(reader.ReadInt64() == Mix(at), "flushed, at " + at);
+                    }
+                }
+                for (long at = 0; at < Size; at += 1024) Check(view.ReadInt64(at) == Mix(at), "at " + at);
+                FmallocStats stats = file.Stats();
+                Check(stats.PeakHeldBytes <= (ulong)Budget && stats.BudgetBytes == (ulong)Budget, "beyond the budget");
+                view.Write(0, 1L);
+                using (FmallocViewStream stream = file.CreateViewStream(8, 8))
+                {
+                    stream.WriteByte(200);
+                    stream.Flush();
+                }
+                Throws<FmallocException>(() => file.Region.Discard(0, 4096));
+                file.Region.Advise(0, Size, FmallocAdvice.Cold);
+                Check(view.ReadInt64(0) == 1L && view.ReadByte(8) == 200, "content that was cold");
+            }
+            // What was not flushed is written at the end.
+            byte[] start = new byte[16];
+            using (FileStream reader = File.OpenRead(path)) Check(reader.Read(start, 0, 16) == 16, "its length");
+            Check(BitConverter.ToInt64(start, 0) == 1L && start[8] == 200, "written at the end");
+            using (FmallocFile file = FmallocFile.CreateFromFile(path))
+            using (FmallocViewAccessor view = file.CreateViewAccessor(Size - 1024, 0))
+                Check(file.Capacity == Size && view.Capacity == 1024 && view.ReadInt64(0) == Mix(Size - 1024), "opened again");
+        }
+        finally
+        {
+            File.Delete(path);
+        }
+        Throws<FileNotFoundException>(() => FmallocFile.CreateFromFile(path));
+    }
+
+    private static void FilesThatStay()
+    {
+        string path = Swap + ".stays";
+        try
+        {
+            File.WriteAllBytes(path, new byte[0]);
+            Throws<ArgumentException>(() => FmallocFile.CreateFromFile(path));
+            byte[] content = new byte[100000];
+            new Random(1).NextBytes(content);
+            File.WriteAllBytes(path, content);
+            using (FmallocFile file = FmallocFile.CreateFromFile(path, FileMode.Open, 0, MemoryMappedFileAccess.Read, Budget))
+            using (FmallocViewAccessor view = file.CreateViewAccessor())
+            using (FmallocViewStream stream = file.CreateViewStream())
+            {
+                var copy = new byte[content.Length];
+                Check(view.ReadArray(0, copy, 0, copy.Length) == copy.Length && Same(copy, content), "read");
+                Throws<NotSupportedException>(() => view.Write(0, 1));
+                Check(!view.CanWrite && !stream.CanWrite, "for reading only");
+                Throws<UnauthorizedAccessException>(() => file.Region.CreateMemory<byte>(0, 10));
+                view.Flush();
+            }
+            Throws<ArgumentOutOfRangeException>(() => FmallocFile.CreateFromFile(path, FileMode.Open, 200000, MemoryMappedFileAccess.Read, Budget));
+            Throws<ArgumentOutOfRangeException>(() => FmallocFile.CreateFromFile(path, FileMode.Open, 0, MemoryMappedFileAccess.ReadExecute, Budget));
+            using (FmallocFile file = FmallocFile.CreateFromFile(path, FileMode.Open, 0, MemoryMappedFileAccess.CopyOnWrite, Budget))
+            using (FmallocViewAccessor view = file.CreateViewAccessor())
+            {
+                for (long at = 0; at < view.Capacity; at++) view.Write(at, (byte)7);
+                view.Flush();
+                Check(view.ReadByte(99999) == 7, "changed here");
+            }
+            Check(Same(File.ReadAllBytes(path), content), "the file stays");
+        }
+        finally
+        {
+            File.Delete(path);
+        }
+    }
+
+    private static bool Same(byte[] one, byte[] other)
+    {
+        if (one.Length != other.Length) return false;
+        for (int i = 0; i < one.Length; i++) if (one[i] != other[i]) return false;
+        return true;
     }
 
     private static void Collected()

@@ -1,4 +1,4 @@
-/* Every function of fmalloc.h, from C; memory of several times the budget. Usage: basic SWAP_DIRECTORY */
+/* Every function of the heap in fmalloc.h, from C; memory of several times the budget. Usage: basic SWAP_DIRECTORY */
 #define _GNU_SOURCE
 #include "fmalloc.h"
 
