@@ -92,7 +92,7 @@ impl LocalOptions {
         Self { budget, swap_size, swap_file: None, keep: false, unit: Self::UNIT }
     }
 
-    /// Default of [`LocalOptions::unit`].
+    /// Default of [`LocalOptions::unit`]: by the figures in docs/windows.md.
     pub const UNIT: usize = 64 << 10;
 }
 
