@@ -1,5 +1,5 @@
 // The binding under a managed runtime: real paging, several times the budget, threads, collections, disposal in use.
-// Run by client/csharp/test, which sets FMALLOC_DAEMON and where the library is. Exit code 1 and a trace if anything fails.
+// Run by client/csharp/test, which starts a service and says where it, the daemon and the library are. Exit code 1 and a trace if anything fails.
 using System;
 using System.Buffers;
 using System.Collections.Generic;
@@ -32,6 +32,7 @@ public static class Tests
         add("discard, advice, pins and budgets", Requests);
         add("a file is changed through its views, and flushed", Files);
         add("a file for reading or copying stays as it is", FilesThatStay);
+        add("a service pages as well", Service);
         add("handles that nobody disposed are collected", Collected);
         int failed = 0;
         foreach (var test in tests)
@@ -402,6 +403,39 @@ public static class Tests
             pager.SetBudget(2 * Budget);
             Check(pager.Stats().BudgetBytes == 2 * (ulong)Budget, "the new budget");
             Throws<FmallocException>(() => pager.SetBudget(1));
+        }
+    }
+
+    private static void Service()
+    {
+        using (FmallocPager pager = Connected())
+        using (FmallocRegion region = pager.CreateRegion(64L << 20))
+        using (FmallocViewAccessor view = region.CreateViewAccessor())
+        {
+            for (long at = 0; at < view.Capacity; at += 8) view.Write(at, Mix(at));
+            for (long at = 0; at < view.Capacity; at += 8) Check(view.ReadInt64(at) == Mix(at), "at " + at);
+            FmallocStats stats = pager.Stats();
+            Check(stats.BudgetBytes == (ulong)Budget && stats.PeakHeldBytes <= (ulong)Budget, "beyond the budget");
+            Check(stats.PagesOut > 0 && stats.PagesIn > 0, "nothing was paged");
+            pager.SetBudget(2 * Budget);
+            Check(pager.Stats().BudgetBytes == 2 * (ulong)Budget, "a service grants more");
+        }
+    }
+
+    /// <summary>The service may not have opened its socket yet.</summary>
+    private static FmallocPager Connected()
+    {
+        for (int wait = 0; ; wait++)
+        {
+            try
+            {
+                return FmallocPager.Connect(Budget);
+            }
+            catch (FmallocException)
+            {
+                if (wait == 500) throw;
+                Thread.Sleep(20);
+            }
         }
     }
 
