@@ -107,7 +107,7 @@ namespace Fmalloc
 
         /// <summary>The content of a file from an offset on, which must be a multiple of 4096; a length of 0 means up to its end.
         /// What is written gets into the file by Flush, when it leaves RAM, and when the region and its views are disposed. With
-        /// CopyOnWrite it does not.</summary>
+        /// CopyOnWrite it does not. Nobody may make the file shorter meanwhile: to touch what is gone then ends the program.</summary>
         public FmallocRegion OpenFile(string path, long offset, long length, MemoryMappedFileAccess access)
         {
             if (path == null) throw new ArgumentNullException("path");

@@ -27,6 +27,7 @@ public static class Tests
         add("a file that is open is shared or refused", Sharing);
         add("memory outlives its region while a view is there", ViewsKeepMemory);
         add("disposal in use is an exception", DisposalInUse);
+        add("disposal of streams in use is an exception", StreamsDisposedInUse);
         add("a null reference is still an exception", NullReference);
         add("errors have the library's messages", Errors);
         add("discard, advice, pins and budgets", Requests);
@@ -345,6 +346,59 @@ public static class Tests
             }
             started.Wait();
             view.Dispose();
+            region.Dispose();
+            pager.Dispose();
+            foreach (Thread thread in threads) thread.Join();
+            if (others.Count > 0) throw new AggregateException(others);
+            Check(disposed == 4, "somebody went on");
+        }
+    }
+
+    private static void StreamsDisposedInUse()
+    {
+        for (int round = 0; round < 10; round++)
+        {
+            FmallocPager pager = Pager(Budget, 64L << 20);
+            FmallocRegion region = pager.CreateRegion(32L << 20);
+            var streams = new List<FmallocViewStream>();
+            var started = new CountdownEvent(4);
+            int disposed = 0;
+            var others = new List<Exception>();
+            var threads = new List<Thread>();
+            for (int number = 0; number < 4; number++)
+            {
+                FmallocViewStream stream = region.CreateViewStream(number * (8L << 20), 8L << 20);
+                streams.Add(stream);
+                var thread = new Thread(() =>
+                {
+                    var block = new byte[50000];
+                    bool first = true;
+                    try
+                    {
+                        while (true)
+                        {
+                            stream.Position = 0;
+                            while (stream.Position + block.Length <= stream.Length) stream.Write(block, 0, block.Length);
+                            if (first) started.Signal();
+                            first = false;
+                            stream.Position = 0;
+                            while (stream.Read(block, 0, block.Length) > 0) { }
+                        }
+                    }
+                    catch (ObjectDisposedException)
+                    {
+                        Interlocked.Increment(ref disposed);
+                    }
+                    catch (Exception error)
+                    {
+                        lock (others) others.Add(error);
+                    }
+                });
+                thread.Start();
+                threads.Add(thread);
+            }
+            started.Wait();
+            foreach (FmallocViewStream stream in streams) stream.Dispose();
             region.Dispose();
             pager.Dispose();
             foreach (Thread thread in threads) thread.Join();
