@@ -48,7 +48,12 @@ impl<S: Store> Pager<S> {
 
     /// Whether the pool may have another segment now.
     fn may_grow(&self) -> bool {
-        self.warm.segments() < self.warm_limit && self.free_frames() >= SEGMENT_FRAMES
+        self.warm.segments() < self.warm_limit && self.has_segment()
+    }
+
+    /// Whether there is memory for another segment.
+    fn has_segment(&self) -> bool {
+        self.warm.is_ready() || self.free_frames() >= SEGMENT_FRAMES
     }
 
     /// Takes a page that was moved out into the pool, if it packs well and there is room. `word` keeps a slot that holds
@@ -211,14 +216,17 @@ impl<S: Store> Pager<S> {
     /// rest goes to the swap file.
     pub(super) fn plan_warm(&mut self) {
         loop {
-            let Some(mut emptying) = self.emptying.take().or_else(|| self.next_emptying()) else { return };
+            let Some(mut emptying) = self.emptying.take().or_else(|| self.next_emptying()) else {
+                return self.warm.keep_ready(&mut self.arena, self.warm_limit);
+            };
             let done = self.empty(&mut emptying);
             // What is to be unpacked from it is unpacked before the next call.
             if !done || !self.unpack_queue.is_empty() {
                 self.emptying = Some(emptying);
                 return;
             }
-            self.warm.free(&mut self.arena, emptying.segment);
+            self.warm.free(emptying.segment);
+            self.warm.keep_ready(&mut self.arena, self.warm_limit);
         }
     }
 
@@ -256,7 +264,7 @@ impl<S: Store> Pager<S> {
     }
 
     fn keep(&mut self, entry: &Entry) -> bool {
-        let may_grow = self.free_frames() >= SEGMENT_FRAMES;
+        let may_grow = self.has_segment();
         let Some(place) = self.warm.keep(&mut self.arena, *entry, may_grow) else { return false };
         self.warm.set_live(entry.place, false);
         self.set_aux(entry.page, place.word());

@@ -91,6 +91,8 @@ pub(super) struct Warm {
     segments: Vec<Segment>,
     /// Segments without memory.
     spare: Vec<u32>,
+    /// Memory for segments to come: to give it back and to get it again costs more than to fill it.
+    ready: Vec<u64>,
     /// Segments with memory, oldest content first.
     order: VecDeque<u32>,
     /// Where new entries go.
@@ -101,16 +103,31 @@ pub(super) struct Warm {
 }
 
 impl Warm {
-    /// Segments that have memory.
+    /// Segments that have entries.
     #[must_use]
     pub(super) fn segments(&self) -> u64 {
         self.order.len() as u64
     }
 
+    /// Whether another segment takes no more memory.
+    #[must_use]
+    pub(super) fn is_ready(&self) -> bool {
+        !self.ready.is_empty()
+    }
+
+    /// Gives memory back that is ready for more than `most` segments in all.
+    pub(super) fn keep_ready(&mut self, arena: &mut Arena, most: u64) {
+        while self.bytes() > most * SEGMENT
+            && let Some(base) = self.ready.pop()
+        {
+            arena.release(base, SEGMENT);
+        }
+    }
+
     /// Bytes of RAM that the pool takes.
     #[must_use]
     pub(super) fn bytes(&self) -> u64 {
-        self.segments() * SEGMENT
+        (self.segments() + self.ready.len() as u64) * SEGMENT
     }
 
     /// Pages that nobody else has.
@@ -170,7 +187,7 @@ impl Warm {
     }
 
     fn take_segment(&mut self, arena: &mut Arena) -> Option<u32> {
-        let base = arena.alloc(SEGMENT)?;
+        let base = self.ready.pop().or_else(|| arena.alloc(SEGMENT))?;
         let segment = self.spare.pop().unwrap_or_else(|| {
             self.segments.push(Segment::default());
             u32::try_from(self.segments.len() - 1).unwrap_or(u32::MAX)
@@ -265,11 +282,11 @@ impl Warm {
         Some((entry, at + place.entry_len()))
     }
 
-    /// Gives a segment's memory back. Nothing in it is live.
-    pub(super) fn free(&mut self, arena: &mut Arena, number: u32) {
+    /// Empties a segment, in which nothing is live; its memory is ready for another.
+    pub(super) fn free(&mut self, number: u32) {
         let Some(segment) = self.segments.get_mut(number as usize) else { return };
         debug_assert!(segment.live == 0, "a live page is thrown away");
-        arena.release(segment.base, SEGMENT);
+        self.ready.push(segment.base);
         *segment = Segment::default();
         if let Some(at) = self.order.iter().position(|other| *other == number) {
             self.order.remove(at);
@@ -317,8 +334,12 @@ mod tests {
                 warm.set_live(entry.place, false);
                 (seen, at) = (seen + 1, next);
             }
-            warm.free(&mut arena, victim);
+            warm.free(victim);
         }
+        assert!(warm.is_ready());
+        warm.keep_ready(&mut arena, 3);
+        assert_eq!(warm.bytes(), 3 * SEGMENT);
+        warm.keep_ready(&mut arena, 0);
         assert_eq!((seen, warm.bytes(), warm.live_pages()), (400, 0, 0));
     }
 
@@ -345,7 +366,7 @@ mod tests {
             }
             at = next;
         }
-        warm.free(&mut arena, victim);
+        warm.free(victim);
         let (oldest, keep) = warm.victim(false).unwrap();
         assert!(!keep);
         let (entry, _) = warm.entry(&arena, oldest, 0).unwrap();

@@ -168,7 +168,10 @@ impl Bench {
         group: &Group,
     ) -> Result<(Child, Receiver<Said>)> {
         let memory = match job.peer {
-            Peer::Fmalloc => Kind::Fmalloc { socket: daemon.context("no daemon")?.socket.clone() },
+            Peer::Fmalloc => {
+                let socket = daemon.context("no daemon")?.socket.clone();
+                Kind::Fmalloc { socket, budget: job.ram }
+            }
             Peer::FileMmap => Kind::File { directory: self.dir.clone(), random: false },
             Peer::FileMmapRandom => Kind::File { directory: self.dir.clone(), random: true },
             Peer::KernelSwap | Peer::Zswap | Peer::Zram | Peer::Native => Kind::Anonymous,

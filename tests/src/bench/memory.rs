@@ -43,8 +43,12 @@ impl Memory {
     pub(crate) fn new(kind: &Kind, bytes: u64) -> Result<Self> {
         let bytes = usize::try_from(bytes)?;
         match kind {
-            Kind::Fmalloc { socket } => {
-                let options = ConnectOptions { socket: Some(socket.clone()), ..ConnectOptions::default() };
+            Kind::Fmalloc { socket, budget } => {
+                let options = ConnectOptions {
+                    socket: Some(socket.clone()),
+                    budget: Some(*budget),
+                    ..ConnectOptions::default()
+                };
                 let pager = Pager::connect_with(&options)?;
                 let mut region = Region::new(&pager, bytes)?;
                 let base = NonNull::from(region.as_mut_slice_of::<u64>()).cast();

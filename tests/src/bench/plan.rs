@@ -39,6 +39,8 @@ pub(crate) enum Kind {
     Fmalloc {
         /// Where it listens.
         socket: PathBuf,
+        /// RAM to ask for, in bytes: by itself it would leave its control group more room.
+        budget: u64,
     },
     /// Private anonymous memory.
     Anonymous,
