@@ -8,6 +8,7 @@
 //! - [`pattern`]: the content of pages, such that any wrong byte shows; [`rng`]: random numbers that can be repeated;
 //! - [`twins`]: two pages that a public hash cannot tell apart;
 //! - [`realworld`]: programs of the distribution, and work for them; [`kernel_swap`]: what they would otherwise have;
+//! - [`mod@replay`]: page accesses through the pager core, beside LRU and the optimum: `fmalloc-replay`;
 //! - [`run`]: programs under `fmallocctl run`: the binary `fmalloc-program` of this package, and others;
 //! - [`place`]: where binaries and temporary files are, and whether tests can run here at all;
 //! - [`trace`]: what real programs allocate and free;
@@ -23,6 +24,7 @@ pub mod pattern;
 pub mod place;
 pub mod process;
 pub mod realworld;
+pub mod replay;
 pub mod rng;
 pub mod run;
 pub mod trace;

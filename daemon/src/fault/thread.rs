@@ -282,7 +282,7 @@ impl FaultThread {
             // Fewer than asked for were all. Behind an event more may come.
             let only_faults = messages.iter().all(|message| matches!(message, Message::Fault { .. }));
             let drained = nothing || messages.len() < most && only_faults;
-            if !only_faults && self.pager.evicting() > 0 {
+            if !only_faults && !remaps && self.pager.evicting() > 0 {
                 // A signal has ended a fault that was counted, and an event was read in its place.
                 self.agent.stop();
             }

@@ -5,19 +5,19 @@
 //! eviction. From the distances seen lately follows what each split would have cost, and the cheapest is approached in
 //! small steps. Data that does not pack, and data that is read in order and does not come back, get no pool at all.
 //!
-//! Costs are in tenths of a microsecond of a thread's time, as measured on a virtual machine with an SSD; only their
-//! ratios matter, and they are far apart.
+//! Costs are in tenths of a microsecond of a thread's time, means as measured on a virtual machine with an SSD (those of a
+//! fault that reads are mostly its slowest ones); only their ratios matter, and they are far apart.
 
 /// A fault that waits for the swap file.
-const READ: u64 = 550;
+const READ: u64 = 900;
 /// A fault that unpacks.
-const UNPACK: u64 = 100;
+const UNPACK: u64 = 130;
 /// A page that was read ahead, in large reads that nobody waits for.
 const READ_AHEAD: u64 = 45;
 /// A page that was unpacked ahead.
 const UNPACK_AHEAD: u64 = 12;
 /// An eviction that packs, beyond one that does not.
-const PACK: u64 = 15;
+const PACK: u64 = 20;
 
 /// Distances are counted in so many steps, each a sixteenth of the budget.
 const STEPS: usize = 64;

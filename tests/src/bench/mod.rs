@@ -33,7 +33,7 @@ mod plan;
 mod report;
 mod table;
 mod undo;
-mod work;
+pub(crate) mod work;
 
 use std::process::ExitCode;
 

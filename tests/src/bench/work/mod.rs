@@ -5,7 +5,7 @@ pub(crate) mod churn;
 pub(crate) mod pages;
 pub(crate) mod sort;
 pub(crate) mod stream;
-mod zipf;
+pub(crate) mod zipf;
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
