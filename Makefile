@@ -41,7 +41,7 @@ test: setup
 	@if cargo nextest --version >/dev/null 2>&1; then set -x; cargo nextest run --workspace --all-targets --no-fail-fast; \
 	else set -x; cargo test --workspace --all-targets --no-fail-fast; fi
 	cargo test --workspace --doc
-	tests/lesser no-direct-io
+	tests/lesser
 
 fuzz: setup
 	FMALLOC_FUZZ_MESSAGES=$(MESSAGES) cargo test -p fmalloc-proto --test fuzz -- --nocapture
