@@ -353,10 +353,8 @@ impl<B: Backing> Core<B> {
         if before & bit != 0 {
             return Err(BadPointer::NotInUse);
         }
-        // Now that our bit is there, nobody collects this block without our seeing it in the next bitmap.
         let avail = run.avail[word].load(Ordering::SeqCst);
-        if (avail | run.kept[word].load(Ordering::SeqCst)) & bit != 0 {
-            run.freed[word].fetch_and(!bit, Ordering::SeqCst);
+        if (avail | run.kept[word].load(Ordering::SeqCst)) & bit != 0 && self.was_free(place) {
             return Err(BadPointer::NotInUse);
         }
         let all = before | bit | avail;
@@ -364,6 +362,25 @@ impl<B: Backing> Core<B> {
         let settle =
             run.state() == State::Full || complete && Self::is_empty(run, &TABLE[usize::from(run.class())]);
         Ok(settle && self.settle(place.run))
+    }
+
+    /// Whether a block that has just been marked as freed, and is among those that its slot may hand out, was there before.
+    /// It may also have come there by our mark, or its slab be another one since: then the mark is gone, which is certain
+    /// only while the slot collects nothing. If it was free, takes the mark back.
+    #[cold]
+    fn was_free(&self, place: Place) -> bool {
+        let run = self.space.runs.get(place.run);
+        let (word, bit) = split(place.block);
+        let owner = run.owner();
+        let slot = self.slots.get(owner);
+        slot.lock.lock();
+        let free = run.avail[word].load(Ordering::SeqCst) | run.kept[word].load(Ordering::SeqCst);
+        let twice = run.owner() == owner && run.freed[word].load(Ordering::SeqCst) & free & bit != 0;
+        if twice {
+            run.freed[word].fetch_and(!bit, Ordering::SeqCst);
+        }
+        slot.lock.unlock();
+        twice
     }
 
     fn free_large(&self, id: u32, block: NonNull<u8>) -> Result<GaveBack, BadPointer> {

@@ -455,6 +455,31 @@ fn threads_get_different_blocks_and_free_those_of_others() {
     assert!(stats.slots <= 2 * THREADS + 2, "slots of threads that ended are used again: {}", stats.slots);
 }
 
+/// The owner of a slab collects what others free while they are at it: that is no second free.
+#[test]
+fn a_free_that_is_collected_at_once_succeeds() {
+    const BLOCKS: usize = 400_000;
+    let core = Core::new(Plain::new(256 << 20).unwrap()).unwrap();
+    let (give, take) = std::sync::mpsc::sync_channel::<usize>(64);
+    std::thread::scope(|scope| {
+        let core = &core;
+        let others = scope.spawn(move || {
+            for addr in take {
+                // SAFETY: whoever has the address owns the block.
+                unsafe { core.free(pointer(core, addr)) }.unwrap();
+            }
+        });
+        // Slabs of few blocks, so that they are soon used up and looked through again.
+        for _ in 0..BLOCKS {
+            give.send(core.alloc(8000, 16).unwrap().addr().get()).unwrap();
+        }
+        drop(give);
+        all_end(vec![others]);
+    });
+    core.check().unwrap();
+    assert_eq!((core.stats().used_blocks, core.stats().misuse), (0, 0));
+}
+
 /// All threads free the same blocks at the same time; each block must be freed once, whoever allocated it.
 #[test]
 fn of_frees_at_the_same_time_one_succeeds() {
