@@ -190,6 +190,11 @@ impl Daemon {
         });
     }
 
+    /// Waits until there are so many clients.
+    pub fn wait_until_clients(&self, count: u64) {
+        wait_until("the others have left", || number(&self.json(&["status"]), "clients") == count);
+    }
+
     /// Sends it a signal.
     pub fn signal(&self, signal: Signal) {
         process::signal(&self.child, signal);

@@ -38,6 +38,8 @@ fn assert_lost_with(signal: i32, more: &[&str]) {
     assert_eq!(status.signal(), Some(signal), "{status}");
     assert!(daemon.log().contains("is lost"), "{}", daemon.log());
     bystander.ask("verify b 2");
+    // The dead client's swap is given back a moment after its end.
+    daemon.wait_until_clients(1);
     bystander.ask("region c 32M");
     bystander.ask("fill c 3");
     bystander.ask("verify c 3");
