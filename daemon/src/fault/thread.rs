@@ -140,6 +140,8 @@ impl FaultThread {
             }
             self.done = done;
             self.end_file_writes();
+            // Who has waited for a read goes on before the agent's pages are looked through.
+            self.act();
             self.handle(ready);
         }
         Ok(())
