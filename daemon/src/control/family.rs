@@ -125,6 +125,10 @@ impl Family {
         let result = self.move_to_budget(bytes).await;
         if result.is_err() {
             self.shared.set_budget(before);
+            // Whoever hears of the failure shall find the old figures.
+            for client in self.clients() {
+                let _ = answer(client.ask(|answer| Command::SetBudget { answer })).await;
+            }
         }
         let agreed = if result.is_ok() { bytes } else { before };
         let booked = self.grant.set(agreed).map_err(pool_full);
