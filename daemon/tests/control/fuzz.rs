@@ -1,7 +1,7 @@
 //! Generated and mutated messages against a live daemon, from many connections in every state that one can be in. The
 //! daemon must live on, answer others, and keep nothing. FMALLOC_FUZZ_MESSAGES says how many; `make fuzz` sends ten million.
 
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -12,6 +12,7 @@ use fmalloc_proto::messages::{Attach, Budget, Empty, Reply, Request, Status};
 use fmalloc_proto::transport::{self, TransportError};
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::sys::socket::{Shutdown, shutdown};
 
 use super::samples::{Random, Source, replies, requests};
 use super::support::{Daemon, MIB, Peer, userfaultfd, wait_until};
@@ -102,6 +103,11 @@ impl<'a> Fuzzer<'a> {
                 break;
             }
         }
+        // Most hear all that the daemon has to say, the others hang up in the middle.
+        if uffd.is_none() && self.random.below(4) > 0 {
+            shutdown(peer.socket.as_raw_fd(), Shutdown::Write).unwrap();
+            fcntl(&peer.socket, FcntlArg::F_SETFL(OFlag::empty())).unwrap();
+        }
         self.drain(&peer);
     }
 
@@ -157,7 +163,17 @@ impl<'a> Fuzzer<'a> {
 
     fn drain(&mut self, peer: &Peer) {
         let mut buffer = vec![0; MAX_MESSAGE];
-        while let Ok((length, _)) = transport::recv(peer.socket.as_fd(), &mut buffer) {
+        // A daemon that hangs up with messages of ours unread is told of once, before the answers that it gave.
+        let mut told = false;
+        loop {
+            let length = match transport::recv(peer.socket.as_fd(), &mut buffer) {
+                Ok((length, _)) => length,
+                Err(TransportError::Closed) if !told => {
+                    told = true;
+                    continue;
+                }
+                Err(_) => break,
+            };
             let bytes = &buffer[..length];
             assert!(
                 decode::<Reply>(bytes).is_ok() || HelloReply::decode(bytes).is_ok(),
@@ -217,11 +233,7 @@ fn no_messages_bring_the_daemon_down() {
         begin.elapsed().as_secs_f64(),
         grown >> 10
     );
-    // What had not been read when the daemon hung up is lost.
-    assert!(
-        sum(|fuzzer| fuzzer.answers) > sum(|fuzzer| fuzzer.connections) / 10,
-        "next to nothing was answered"
-    );
+    assert!(sum(|fuzzer| fuzzer.answers) > messages / 100, "next to nothing was answered");
     daemon.assert_alive();
     wait_until("all is given back", || {
         let status = status(&daemon);
