@@ -121,36 +121,31 @@ fn fifo(accesses: &[u32], room: usize) -> u64 {
 }
 
 fn lru(accesses: &[u32], room: usize) -> u64 {
-    let (mut last, mut order, mut misses) = (HashMap::new(), BTreeSet::new(), 0);
-    for (now, page) in accesses.iter().enumerate() {
-        match last.insert(*page, now) {
-            Some(before) if order.remove(&(before, *page)) => {}
-            _ => misses += 1,
-        }
-        order.insert((now, *page));
-        if order.len() > room {
-            order.pop_first();
-        }
-    }
-    misses
+    evict_least(accesses, room, |now| now)
 }
 
 /// Belady's choice, which may also be not to keep what has just come.
 fn optimum(accesses: &[u32], room: usize) -> u64 {
-    let mut next = vec![usize::MAX; accesses.len()];
+    // The later it is needed, the less it is worth; nothing if never.
+    let mut worth = vec![0; accesses.len()];
     let mut later = HashMap::new();
     for (now, page) in accesses.iter().enumerate().rev() {
-        next[now] = later.insert(*page, now).unwrap_or(usize::MAX);
+        worth[now] = later.insert(*page, now).map_or(0, |next| usize::MAX - next);
     }
-    let (mut needed, mut order, mut misses) = (HashMap::new(), BTreeSet::new(), 0);
+    evict_least(accesses, room, |now| worth[now])
+}
+
+/// Misses if each access gives its page a worth, and the page that is worth least goes.
+fn evict_least(accesses: &[u32], room: usize, worth: impl Fn(usize) -> usize) -> u64 {
+    let (mut last, mut order, mut misses) = (HashMap::new(), BTreeSet::new(), 0);
     for (now, page) in accesses.iter().enumerate() {
-        match needed.insert(*page, next[now]) {
-            Some(when) if order.remove(&(when, *page)) => {}
+        match last.insert(*page, worth(now)) {
+            Some(before) if order.remove(&(before, *page)) => {}
             _ => misses += 1,
         }
-        order.insert((next[now], *page));
+        order.insert((worth(now), *page));
         if order.len() > room {
-            order.pop_last();
+            order.pop_first();
         }
     }
     misses

@@ -303,6 +303,55 @@ public static class Tests
         Throws<ObjectDisposedException>(() => view.Flush());
     }
 
+    // Threads that use something again and again, until it is disposed of.
+    private sealed class Users
+    {
+        private readonly CountdownEvent started = new CountdownEvent(4);
+        private readonly List<Thread> threads = new List<Thread>();
+        private readonly List<Exception> others = new List<Exception>();
+        private int disposed;
+
+        // Runs one of the four.
+        public void Start(Action use)
+        {
+            var thread = new Thread(() =>
+            {
+                bool first = true;
+                try
+                {
+                    while (true)
+                    {
+                        use();
+                        if (first) started.Signal();
+                        first = false;
+                    }
+                }
+                catch (ObjectDisposedException)
+                {
+                    Interlocked.Increment(ref disposed);
+                }
+                catch (Exception error)
+                {
+                    lock (others) others.Add(error);
+                }
+            });
+            thread.Start();
+            threads.Add(thread);
+        }
+
+        public void WaitUntilAllHaveBegun()
+        {
+            started.Wait();
+        }
+
+        public void CheckAllHaveEnded()
+        {
+            foreach (Thread thread in threads) thread.Join();
+            if (others.Count > 0) throw new AggregateException(others);
+            Check(disposed == 4, "somebody went on");
+        }
+    }
+
     private static void DisposalInUse()
     {
         for (int round = 0; round < 10; round++)
@@ -310,47 +359,22 @@ public static class Tests
             FmallocPager pager = Pager(Budget, 64L << 20);
             FmallocRegion region = pager.CreateRegion(32L << 20);
             FmallocViewAccessor view = region.CreateViewAccessor();
-            var started = new CountdownEvent(4);
-            int disposed = 0;
-            var others = new List<Exception>();
-            var threads = new List<Thread>();
+            var users = new Users();
             for (int number = 0; number < 4; number++)
             {
-                int seed = number;
-                var thread = new Thread(() =>
+                var random = new Random(number);
+                users.Start(() =>
                 {
-                    var random = new Random(seed);
-                    bool first = true;
-                    try
-                    {
-                        while (true)
-                        {
-                            long at = (long)random.Next(8192) * 4096;
-                            if (random.Next(2) == 0) view.Write(at, at);
-                            else Check(view.ReadInt64(at) == at || view.ReadInt64(at) == 0, "wrong value");
-                            if (first) started.Signal();
-                            first = false;
-                        }
-                    }
-                    catch (ObjectDisposedException)
-                    {
-                        Interlocked.Increment(ref disposed);
-                    }
-                    catch (Exception error)
-                    {
-                        lock (others) others.Add(error);
-                    }
+                    long at = (long)random.Next(8192) * 4096;
+                    if (random.Next(2) == 0) view.Write(at, at);
+                    else Check(view.ReadInt64(at) == at || view.ReadInt64(at) == 0, "wrong value");
                 });
-                thread.Start();
-                threads.Add(thread);
             }
-            started.Wait();
+            users.WaitUntilAllHaveBegun();
             view.Dispose();
             region.Dispose();
             pager.Dispose();
-            foreach (Thread thread in threads) thread.Join();
-            if (others.Count > 0) throw new AggregateException(others);
-            Check(disposed == 4, "somebody went on");
+            users.CheckAllHaveEnded();
         }
     }
 
@@ -361,49 +385,28 @@ public static class Tests
             FmallocPager pager = Pager(Budget, 64L << 20);
             FmallocRegion region = pager.CreateRegion(32L << 20);
             var streams = new List<FmallocViewStream>();
-            var started = new CountdownEvent(4);
-            int disposed = 0;
-            var others = new List<Exception>();
-            var threads = new List<Thread>();
+            var users = new Users();
             for (int number = 0; number < 4; number++)
             {
                 FmallocViewStream stream = region.CreateViewStream(number * (8L << 20), 8L << 20);
                 streams.Add(stream);
-                var thread = new Thread(() =>
+                var block = new byte[50000];
+                bool writes = false;
+                users.Start(() =>
                 {
-                    var block = new byte[50000];
-                    bool first = true;
-                    try
-                    {
-                        while (true)
-                        {
-                            stream.Position = 0;
-                            while (stream.Position + block.Length <= stream.Length) stream.Write(block, 0, block.Length);
-                            if (first) started.Signal();
-                            first = false;
-                            stream.Position = 0;
-                            while (stream.Read(block, 0, block.Length) > 0) { }
-                        }
-                    }
-                    catch (ObjectDisposedException)
-                    {
-                        Interlocked.Increment(ref disposed);
-                    }
-                    catch (Exception error)
-                    {
-                        lock (others) others.Add(error);
-                    }
+                    stream.Position = 0;
+                    writes = !writes;
+                    if (writes)
+                        while (stream.Position + block.Length <= stream.Length) stream.Write(block, 0, block.Length);
+                    else
+                        while (stream.Read(block, 0, block.Length) > 0) { }
                 });
-                thread.Start();
-                threads.Add(thread);
             }
-            started.Wait();
+            users.WaitUntilAllHaveBegun();
             foreach (FmallocViewStream stream in streams) stream.Dispose();
             region.Dispose();
             pager.Dispose();
-            foreach (Thread thread in threads) thread.Join();
-            if (others.Count > 0) throw new AggregateException(others);
-            Check(disposed == 4, "somebody went on");
+            users.CheckAllHaveEnded();
         }
     }
 

@@ -250,6 +250,17 @@ fn scattered_and_backward_pages_keep_their_places_in_the_batch() {
 }
 
 #[test]
+fn nothing_leaves_once_the_batch_is_stopped() {
+    let mut bench = Bench::new(8);
+    bench.request(1, BatchKind::Evict, &[0, 1, 5]);
+    bench.ring.stop(1);
+    assert!(bench.evictor.serve(1));
+    assert_eq!(bench.results(1, 3), [Failed; 3]);
+    assert!([0, 1, 5].iter().all(|page| bench.is_there(*page)));
+    assert_eq!(bench.evict(&[0, 1, 5]), [Moved; 3]);
+}
+
+#[test]
 fn a_page_named_twice_moves_once() {
     let mut bench = Bench::new(4);
     assert_eq!(bench.evict(&[2, 2]), [Moved, Absent]);

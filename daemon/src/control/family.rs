@@ -29,6 +29,12 @@ const GROUPS_OF_PROCESS: usize = 8;
 #[derive(Debug, Default)]
 pub(crate) struct Families(RefCell<HashMap<Token, Rc<Family>>>);
 
+#[derive(Debug, Clone, Copy)]
+struct Maker {
+    pid: i32,
+    uid: u32,
+}
+
 /// See the module.
 #[derive(Debug)]
 pub(crate) struct Family {
@@ -39,8 +45,8 @@ pub(crate) struct Family {
     members: RefCell<Vec<Weak<Client>>>,
     /// By which others join, if they can.
     token: Option<Token>,
-    /// Whoever made it to be joined, while that lives.
-    maker: RefCell<Option<Peer>>,
+    /// Process and user of whoever made it to be joined, while that lives.
+    maker: Cell<Option<Maker>>,
     /// Held while the budget changes, so that the books and the fault threads never disagree on the order.
     change: Mutex<()>,
 }
@@ -51,7 +57,7 @@ impl Family {
         Self::with(grant, None)
     }
 
-    fn with(grant: Grant, made: Option<(Token, Peer)>) -> Rc<Self> {
+    fn with(grant: Grant, made: Option<(Token, Maker)>) -> Rc<Self> {
         let (token, maker) = made.unzip();
         Rc::new(Self {
             number: Cell::new(0),
@@ -59,7 +65,7 @@ impl Family {
             grant,
             members: RefCell::new(Vec::new()),
             token,
-            maker: RefCell::new(maker),
+            maker: Cell::new(maker),
             change: Mutex::new(()),
         })
     }
@@ -91,7 +97,7 @@ impl Family {
     }
 
     fn end_if_empty(&self, daemon: &Daemon) {
-        if self.members.borrow().is_empty() && self.maker.borrow().is_none() {
+        if self.members.borrow().is_empty() && self.maker.get().is_none() {
             self.grant.end();
             if let Some(token) = &self.token {
                 daemon.families.0.borrow_mut().remove(token);
@@ -201,7 +207,7 @@ impl Families {
         if families.len() >= limits.clients {
             return refuse("there are as many groups as there may be clients (max_clients)");
         }
-        let makers = || families.values().filter_map(|family| family.maker.borrow().clone());
+        let makers = || families.values().filter_map(|family| family.maker.get());
         if makers().filter(|maker| maker.uid == peer.uid).count() >= limits.clients_per_uid {
             return refuse("there are as many groups of yours as you may have clients (max_clients_per_uid)");
         }
@@ -230,7 +236,7 @@ impl Families {
         let exit = watch(exit).map_err(system)?;
         let token = new_token().map_err(system)?;
         let grant = daemon.pool.grant(bytes).map_err(|error| failure(ErrorCode::PoolFull, error))?;
-        let family = Family::with(grant, Some((token, peer.clone())));
+        let family = Family::with(grant, Some((token, Maker { pid: peer.pid, uid: peer.uid })));
         families.0.borrow_mut().insert(token, Rc::clone(&family));
         spawn_local(hold(Rc::clone(daemon), family, exit));
         Ok(token)
@@ -240,7 +246,7 @@ impl Families {
 /// Holds a family until the process that made it has ended.
 async fn hold(daemon: Rc<Daemon>, family: Rc<Family>, exit: AsyncFd<OwnedFd>) {
     let _ = exit.readable().await;
-    family.maker.replace(None);
+    family.maker.set(None);
     family.end_if_empty(&daemon);
 }
 

@@ -11,7 +11,7 @@ use super::page::{Buffer, FROM_BUFFER, PageId, RETRIED, State, WANTED, Word};
 use super::{Action, MAX_HINTS, Pager, Store, Transfer};
 
 /// Most pages of one read ahead: more of them in flight are better than larger ones.
-pub(super) const READ_MAX: u64 = 64;
+const READ_MAX: u64 = 64;
 
 impl<S: Store> Pager<S> {
     /// Starts to read a cold page into a frame. False if no buffer is free. The caller has seen a free frame.
@@ -103,10 +103,7 @@ impl<S: Store> Pager<S> {
                 index = self.next_present(page).min(end);
                 continue;
             }
-            // Faults come before readahead: leave them frames and buffers.
-            let spare = self.free_frames().saturating_sub(self.low_water() / 2);
-            let buffers = self.read_buffers.free().saturating_sub(self.read_buffers.len() / 4);
-            let want = (end - index).min(spare).min(buffers as u64).min(READ_MAX);
+            let want = self.room_ahead(end - index);
             let fetched = match want {
                 0 => 0,
                 _ if packed => self.unpack_run(page, want, 0),
@@ -120,6 +117,13 @@ impl<S: Store> Pager<S> {
             hold = false;
         }
         index - first.index()
+    }
+
+    /// How many of `want` pages may be read ahead now. Faults come first: frames and buffers are left to them.
+    pub(super) fn room_ahead(&self, want: u64) -> u64 {
+        let spare = self.free_frames().saturating_sub(self.low_water() / 2);
+        let buffers = self.read_buffers.free().saturating_sub(self.read_buffers.len() / 4);
+        want.min(spare).min(buffers as u64).min(READ_MAX)
     }
 
     /// Reads as many of `want` pages as are cold and lie in neighbouring slots, from `first` on. The caller has seen

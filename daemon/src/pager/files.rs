@@ -17,7 +17,6 @@ use fmalloc_proto::messages::FileMode;
 use fmalloc_proto::ring::{BatchKind, PageResult};
 
 use super::evict::Content;
-use super::fetch::READ_MAX;
 use super::page::{Buffer, FRESH, IN_FILE, PageId, RETRIED, STUCK, State, WANTED, Word};
 use super::{Action, Pager, Store, WRITE_RETRY_MS};
 
@@ -185,10 +184,7 @@ impl<S: Store> Pager<S> {
                 index += 1;
                 continue;
             }
-            // Faults come before readahead: leave them frames and buffers.
-            let spare = self.free_frames().saturating_sub(self.low_water() / 2);
-            let buffers = self.read_buffers.free().saturating_sub(self.read_buffers.len() / 4);
-            let most = (end - index).min(spare).min(buffers as u64).min(READ_MAX);
+            let most = self.room_ahead(end - index);
             let fetched = match state {
                 _ if most == 0 => 0,
                 State::Zero => self.fetch_file_run(page, most, 0, hold),

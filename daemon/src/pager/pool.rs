@@ -216,9 +216,8 @@ impl<S: Store> Pager<S> {
     /// rest goes to the swap file.
     pub(super) fn plan_warm(&mut self) {
         loop {
-            let Some(mut emptying) = self.emptying.take().or_else(|| self.next_emptying()) else {
-                return self.warm.keep_ready(&mut self.arena, self.warm_limit);
-            };
+            self.warm.keep_ready(&mut self.arena, self.warm_limit);
+            let Some(mut emptying) = self.emptying.take().or_else(|| self.next_emptying()) else { return };
             let done = self.empty(&mut emptying);
             // What is to be unpacked from it is unpacked before the next call.
             if !done || !self.unpack_queue.is_empty() {
@@ -226,7 +225,6 @@ impl<S: Store> Pager<S> {
                 return;
             }
             self.warm.free(emptying.segment);
-            self.warm.keep_ready(&mut self.arena, self.warm_limit);
         }
     }
 

@@ -79,6 +79,12 @@ struct Point {
     per_reserved: f64,
 }
 
+fn connect(daemon: &Daemon, budget: u64) -> Result<Pager> {
+    let options =
+        ConnectOptions { socket: Some(daemon.socket()), budget: Some(budget), ..ConnectOptions::default() };
+    Ok(Pager::connect_with(&options)?)
+}
+
 /// Memory to be touched.
 struct Memory {
     pagers: Vec<Pager>,
@@ -99,12 +105,7 @@ impl Memory {
             if axis == Axis::Clients { (BUDGET_OF_CLIENT, PAGES_OF_CLIENT) } else { (BUDGET, PAGES) };
         let mut memory = Self { pagers: Vec::new(), regions: Vec::new(), pages: Vec::new(), reserved: 0 };
         for _ in 0..clients {
-            let options = ConnectOptions {
-                socket: Some(daemon.socket()),
-                budget: Some(budget),
-                ..ConnectOptions::default()
-            };
-            let pager = Pager::connect_with(&options)?;
+            let pager = connect(daemon, budget)?;
             for _ in 0..regions {
                 let region = Region::sparse(&pager, size)?;
                 memory.reserved += to_u64(size / PAGE_SIZE);
@@ -206,11 +207,7 @@ fn measure(daemon: &Daemon, point: &mut Point, faults: usize, seed: u64) -> Resu
     memory.touch(faults / 4, &mut rng)?;
     point.costs.push(memory.touch(faults, &mut rng)?);
     // What an empty client takes is no page table.
-    let idle = Pager::connect_with(&ConnectOptions {
-        socket: Some(daemon.socket()),
-        budget: Some(memory.pagers[0].budget()),
-        ..ConnectOptions::default()
-    })?;
+    let idle = connect(daemon, memory.pagers[0].budget())?;
     let base = idle.stats()?.overhead_bytes * to_u64(memory.pagers.len());
     point.per_reserved = float(empty.saturating_sub(base)) / float(memory.reserved) * 1000.0;
     point.per_used = float(full - empty) / float(to_u64(memory.pages.len()));

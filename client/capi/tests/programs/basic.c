@@ -1,6 +1,6 @@
 /* Every function of the heap in fmalloc.h, from C; memory of several times the budget. Usage: basic SWAP_DIRECTORY */
 #define _GNU_SOURCE
-#include "fmalloc.h"
+#include "check.h"
 
 #include <errno.h>
 #include <pthread.h>
@@ -9,15 +9,6 @@
 #include <string.h>
 #include <sys/wait.h>
 #include <unistd.h>
-
-#define CHECK(what)                                                                                          \
-    do {                                                                                                     \
-        if (!(what)) {                                                                                       \
-            fprintf(stderr, "%s:%d: %s is false; errno %d, %s\n", __FILE__, __LINE__, #what, errno,          \
-                    fmalloc_error());                                                                        \
-            exit(1);                                                                                         \
-        }                                                                                                    \
-    } while (0)
 
 #define MIB ((size_t)1 << 20)
 #define BLOCKS 1000

@@ -1,19 +1,10 @@
 /* Pagers and regions from C, on Windows and on Linux. Usage: regions SWAP_FILE [FILE], which is one to be made and mapped */
-#include "fmalloc.h"
+#include "check.h"
 
 #include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-
-#define CHECK(what)                                                                                          \
-    do {                                                                                                     \
-        if (!(what)) {                                                                                       \
-            fprintf(stderr, "%s:%d: %s is false; errno %d, %s\n", __FILE__, __LINE__, #what, errno,          \
-                    fmalloc_error());                                                                        \
-            exit(1);                                                                                         \
-        }                                                                                                    \
-    } while (0)
 
 #define MIB ((uint64_t)1 << 20)
 #define BUDGET (16 * MIB)
